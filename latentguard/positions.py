@@ -1,0 +1,125 @@
+"""Where in a rendered prompt to look, by span and never by counting from the end. Knows no tokenizer or model.
+
+The grammar, everything relative to the last user turn ("the instruction"):
+
+    t_inst        the last token of the instruction          t_inst-2      two tokens before it
+    post(1)       the first token the template adds after it t_post_inst   the last one
+    last_word     the token with the last letter or digit of the instruction
+    user          every token of the instruction             all           every token of the prompt
+    before("…")   every token before that text in the instruction, the template's and system's included
+    mean(P)       the mean over the tokens of P: the only way to *read* user, all and before
+"""
+
+import re
+from dataclasses import dataclass
+
+from latentguard.errors import InputError
+
+_ATOM = re.compile(
+    r"""(?P<inst>t_inst)(?:-(?P<back>\d+))?$|(?P<last>t_post_inst)$|post\((?P<post>\d+)\)$|(?P<word>last_word)$"""
+    r"""|(?P<user>user)$|(?P<all>all)$|before\((?P<quote>["'])(?P<before>.+)(?P=quote)\)$""",
+    re.DOTALL,
+)
+GRAMMAR = 't_inst, t_inst-1, t_post_inst, post(1), last_word, user, all, before("text"), mean(user)'
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as the model gets it: token ids, the characters of each token, and where the instruction lies."""
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    user: tuple[int, int]
+    prompt_id: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def user_tokens(self) -> list[int]:
+        """Indices of the tokens that hold any character of the instruction."""
+        start, end = self.user
+        return [i for i, (a, b) in enumerate(self.offsets) if b > start and a < end and b > a]
+
+
+@dataclass(frozen=True)
+class Position:
+    """A named place; `tokens` finds it in a rendered prompt. Made by `parse_position`."""
+
+    name: str
+    atom: str
+    mean: bool
+
+    def tokens(self, rendered: Rendered) -> list[int]:
+        """Indices into `rendered.ids`, ascending, at least one.
+
+        Raises:
+            InputError: where the prompt or its template has no such place.
+        """
+        found = _ATOM.match(self.atom)
+        assert found, self.atom
+        user = rendered.user_tokens
+        if not user:
+            raise InputError(f"{self._at(rendered)}: the tokenizer gives the instruction no token")
+        after = list(range(user[-1] + 1, len(rendered)))
+        if found["all"]:
+            return list(range(len(rendered)))
+        if found["user"]:
+            return user
+        if found["inst"]:
+            back = int(found["back"] or 0)
+            if rendered.offsets[user[-1]][1] > rendered.user[1]:
+                raise InputError(
+                    f"{self._at(rendered)}: the tokenizer merges the instruction's last characters with template text "
+                    f"({rendered.text[slice(*rendered.offsets[user[-1]])]!r}), so no token is the instruction's own last; use last_word"
+                )
+            if back >= len(user):
+                raise InputError(f"{self._at(rendered)}: the instruction has only {len(user)} tokens")
+            return [user[-1 - back]]
+        if found["last"] or found["post"]:
+            if not after:
+                raise InputError(f"{self._at(rendered)}: this template adds nothing after the instruction")
+            number = int(found["post"] or len(after))
+            if not 1 <= number <= len(after):
+                raise InputError(f"{self._at(rendered)}: the template adds {len(after)} tokens after the instruction, post(1) … post({len(after)})")
+            return [after[number - 1]]
+        if found["word"]:
+            letters = [i for i in range(*rendered.user) if rendered.text[i].isalnum()]
+            if not letters:
+                raise InputError(f"{self._at(rendered)}: the instruction has no letter or digit")
+            return [max(i for i in user if rendered.offsets[i][0] <= letters[-1])]
+        at = rendered.text.rfind(found["before"], *rendered.user)
+        if at < 0:
+            raise InputError(f"{self._at(rendered)}: that text is not in the instruction")
+        before = [i for i, (_, b) in enumerate(rendered.offsets) if b <= at]
+        if not before:
+            raise InputError(f"{self._at(rendered)}: no token lies before that text")
+        return before
+
+    def _at(self, rendered: Rendered) -> str:
+        return f"position {self.name} in prompt {rendered.prompt_id or repr(rendered.text[slice(*rendered.user)][:60])}"
+
+
+def parse_position(name: "str | Position", *, reading: bool = False) -> Position:
+    """The position a person wrote.
+
+    Args:
+        reading: refuse places of many tokens, of which one vector cannot be read, unless under mean(…).
+
+    Raises:
+        InputError: for a name outside the grammar.
+    """
+    if isinstance(name, Position):
+        return name
+    if not isinstance(name, str):
+        raise InputError(f"position {name!r}: give one of {GRAMMAR}")
+    text = name.strip()
+    mean = text.startswith("mean(") and text.endswith(")")
+    atom = text[5:-1].strip() if mean else text
+    found = _ATOM.match(atom)
+    if not found or found["post"] == "0":
+        raise InputError(f"position {name!r}: give one of {GRAMMAR}")
+    if reading and not mean and (found["user"] or found["all"] or found["before"]):
+        raise InputError(f"position {name!r} is many tokens: to read one vector write mean({atom}), or name a token such as t_inst")
+    return Position(text, atom, mean)

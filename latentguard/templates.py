@@ -1,0 +1,108 @@
+"""Turns a Prompt into the exact tokens a model gets, and finds the instruction in them. Knows no weights.
+
+The instruction is found by rendering the conversation twice, once with a marker in its place: what stands before
+and after the marker must stand before and after the instruction. A template that strips, changes or repeats the
+text, or drops a message, cannot pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from latentguard.errors import InputError
+from latentguard.positions import Rendered
+from latentguard.prompts import Message, Prompt
+
+Form = Literal["chat", "paper", "plain"]
+FORMS = ("chat", "paper", "plain")
+_MARKER = "LATENTGUARDxMARKERx7351"
+
+# The bare forms of arXiv 2507.11878, App. A, with the whitespace of its released code; no system text.
+PAPER_FORMS = {
+    "[INST]": "[INST]{x}[/INST]",
+    "<|start_header_id|>": "<|start_header_id|>user<|end_header_id|>\n{x}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n",
+    "<|im_start|>": "<|im_start|>user\n{x}<|im_end|>\n<|im_start|>assistant",
+}
+
+
+@dataclass(frozen=True)
+class Template:
+    """How prompts are rendered: `chat` is the model's own template with its default system text, `paper` the
+    paper's bare form, `plain` the text alone (for base models). `system` replaces the default system text."""
+
+    tokenizer: Any
+    form: Form = "chat"
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise InputError(f"template={self.form!r}: choose one of {', '.join(FORMS)}")
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise InputError(f"{type(self.tokenizer).__name__} gives no character offsets; latentguard needs a fast tokenizer (tokenizer.json)")
+        if self.form == "chat" and not self.tokenizer.chat_template:
+            raise InputError("this model has no chat template (a base model?): use template=plain, or give the tokenizer one")
+        if self.form != "chat" and self.system is not None:
+            raise InputError(f"template={self.form} has no place for a system text; use template=chat or drop system")
+
+    @property
+    def source(self) -> str:
+        """The text that decides the rendering: for hashes and cards."""
+        own = {"chat": self.tokenizer.chat_template, "plain": "{x}"}
+        return f"{self.form}\n{self.system!r}\n{own.get(self.form) or self._paper_form()}"
+
+    def render(self, prompt: Prompt) -> Rendered:
+        """Text, ids and offsets of `prompt`, ready for generation.
+
+        Raises:
+            InputError: where the template strips, changes, repeats or drops what the prompt says.
+        """
+        messages = list(prompt.messages)
+        if self.system is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", self.system))
+        text, marked = self._text(messages), self._text([*messages[:-1], Message("user", _MARKER)])
+        where = f"prompt {prompt.id}: template={self.form}"
+        if marked.count(_MARKER) != 1:
+            found = "repeats the instruction" if _MARKER in marked else "has no place for the instruction, or changes its letters"
+            raise InputError(f"{where} {found}")
+        start = marked.index(_MARKER)
+        tail = marked[start + len(_MARKER) :]
+        if text != marked[:start] + prompt.instruction + tail:
+            raise InputError(f"{where} strips or changes {_shown(prompt.instruction)}; pass the text as the template keeps it (most strip blanks at the ends)")
+        at = 0
+        for message in messages[:-1]:
+            at = text.find(message.content, at, start)
+            if at < 0:
+                raise InputError(f"{where} drops or changes the {message.role} message {_shown(message.content)}; leave it out, or choose another template")
+            at += len(message.content)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        return Rendered(text, tuple(encoded["input_ids"]), tuple(map(tuple, encoded["offset_mapping"])), (start, start + len(prompt.instruction)), prompt.id)
+
+    def _text(self, messages: list[Message]) -> str:
+        if self.form == "chat":
+            switch = {"enable_thinking": False} if "enable_thinking" in self.tokenizer.chat_template else {}
+            turns = [{"role": m.role, "content": m.content} for m in messages]
+            import jinja2
+
+            try:
+                return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch)
+            except (jinja2.TemplateError, TypeError, KeyError) as error:
+                raise InputError(f"the chat template refuses the roles {[m.role for m in messages]}: {error}") from error
+        if len(messages) > 1:
+            raise InputError(f"template={self.form} takes a single user message, not {len(messages)}; use template=chat")
+        form = "{x}" if self.form == "plain" else self._paper_form()
+        return self._bos() + form.replace("{x}", messages[0].content)
+
+    def _paper_form(self) -> str:
+        template = self.tokenizer.chat_template or ""
+        for mark, form in PAPER_FORMS.items():
+            if mark in template:
+                return form
+        raise InputError("template=paper: the paper gives forms for Llama-2, Llama-3 and Qwen (ChatML) templates only; use template=chat")
+
+    def _bos(self) -> str:
+        ids = self.tokenizer("x")["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.bos_token if bos is not None and ids and ids[0] == bos else ""
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "…")
