@@ -1,0 +1,114 @@
+"""Backend: a model as the rest of the package sees it. Imports no model library; the real ones live beside it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, overload
+
+from torch import Tensor
+
+from latentguard.directions import Activations
+from latentguard.errors import InputError
+from latentguard.interventions import Cell, Grid, Intervention
+from latentguard.layers import Layers
+from latentguard.prompts import Prompt, as_prompts
+
+Acting = Sequence[Intervention] | Grid
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen: greedy at temperature 0, else sampled with a seed of each row's own.
+
+    No penalty of the model's generation_config is applied, so greedy means the likeliest token.
+    """
+
+    max_new_tokens: int = 24
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: generate at least one token")
+        if not self.temperature >= 0:
+            raise InputError(f"temperature={self.temperature}: 0 is greedy, more samples")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said: `finish` is 'eos', 'length', or 'decided' where a judge had seen enough."""
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+
+
+class Backend(Protocol):
+    """The model: where its states are read, its logits asked for, and its replies made.
+
+    `weights` is a hash of the weights, `layers` run from 0 to `n_layers` (layers.py).
+    """
+
+    name: str
+    weights: str
+    n_layers: int
+    d_model: int
+
+    def key(self) -> dict:
+        """Everything about model, template and libraries that decides what comes out: the store's key."""
+        ...
+
+    def render(self, prompts: object) -> list:
+        """The prompts as the model gets them (`positions.Rendered`): text, token ids, offsets, instruction."""
+        ...
+
+    def first_token(self, text: str) -> int:
+        """Id of the first token of a reply that begins with `text`."""
+        ...
+
+    def read(self, prompts: object, layers: Layers = "all", positions: Sequence[str] = ("t_inst",)) -> Activations:
+        """States at named positions: float32 [prompt, layer, position, d_model]. Stops after the deepest layer."""
+        ...
+
+    def logits(
+        self,
+        prompts: object,
+        interventions: Acting = (),
+        *,
+        position: str = "t_post_inst",
+        reduce: "Callable[[int, Tensor], object] | None" = None,
+    ) -> list:
+        """Next-token log-probabilities at `position`: a list over prompts of [token, vocab] (a list of such lists for a
+        Grid). `reduce(prompt_index, logprobs)` replaces each by something smaller as soon as it is there."""
+        ...
+
+    def stream(
+        self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None
+    ) -> Iterator[tuple[int, int, Reply]]:
+        """Replies as they come: (cell index, prompt index, reply), in no promised order."""
+        ...
+
+    @overload
+    def generate(self, prompts: object, interventions: Sequence[Intervention] = (), **settings: object) -> list[Reply]: ...
+    @overload
+    def generate(self, prompts: object, interventions: Grid, **settings: object) -> list[list[Reply]]: ...
+    def generate(self, prompts, interventions=(), *, max_new_tokens=24, temperature=0.0, seed=0, decided=None):
+        """Replies in the order of `prompts`: a list acts together; a `Grid` gives one list of replies a cell.
+
+        `decided(text_so_far)` may end a reply early, once a judge needs no more of it.
+        """
+        listed = as_prompts(prompts)
+        grid = as_grid(interventions)
+        replies: list[list[Reply | None]] = [[None] * len(listed) for _ in grid]
+        for cell, row, reply in self.stream(listed, grid, Decoding(max_new_tokens, temperature, seed), decided):
+            replies[cell][row] = reply
+        return replies if isinstance(interventions, Grid) else replies[0]
+
+
+def as_grid(interventions: Acting) -> Grid:
+    """A list of interventions as a grid of one cell."""
+    if isinstance(interventions, Grid):
+        return interventions
+    if isinstance(interventions, Intervention):
+        raise InputError("interventions: give a list, [Add(…)], or a Grid")
+    return Grid((Cell(tuple(interventions)),))

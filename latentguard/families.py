@@ -1,0 +1,42 @@
+"""What differs between architectures, and nothing else: where the blocks are, how many. Opens no trace."""
+
+from typing import Any
+
+import torch
+
+from latentguard.errors import InputError
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a config (multimodal models nest it)."""
+    return config.get_text_config(decoder=True)
+
+
+def n_layers(config: Any) -> int:
+    """Number of transformer blocks."""
+    return text_config(config).num_hidden_layers
+
+
+def blocks_path(model: torch.nn.Module) -> str:
+    """Dotted path of the list of transformer blocks: the ModuleList as long as the text model is deep.
+
+    Llama, Qwen, Gemma and Mistral keep it at model.layers, GPT-2 at transformer.h, GPT-NeoX at gpt_neox.layers,
+    multimodal wrappers deeper; none of that needs a table.
+    """
+    depth = n_layers(model.config)
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and "vision" not in path and "audio" not in path
+    ]
+    if not found:
+        raise InputError(f"{type(model).__name__}: no list of {depth} blocks found; latentguard reads decoder-only transformers")
+    return min(found, key=len)
+
+
+def sliding_window(config: Any) -> int | None:
+    """The shortest attention window of the model, None where every layer sees everything."""
+    text = text_config(config)
+    kinds = getattr(text, "layer_types", None)
+    slides = getattr(text, "sliding_window", None) and (kinds is None or any("sliding" in kind for kind in kinds))
+    return text.sliding_window if slides else None
