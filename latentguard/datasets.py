@@ -1,0 +1,285 @@
+"""Named prompt sets: built in, from a file, from a local mirror or the Hub; split by group. Knows no model.
+
+Groups (a question, its rewrites, its matched twin) never straddle a split.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from latentguard.configs import option, options
+from latentguard.errors import InputError
+from latentguard.prompts import Message, Prompt, digest, set_terminal
+from latentguard.weights import hub_reachable, problem
+
+log = logging.getLogger(__name__)
+BUILTIN = Path(__file__).parent / "data" / "builtin.jsonl"
+SPLITS = ("train", "validation", "test")
+_HARMFUL = {"harmful", "unsafe", "noncompliance_expected", "1", "true"}
+_HARMLESS = {"harmless", "safe", "benign", "compliance_expected", "lookalike", "0", "false"}
+
+
+@plain_dataclass(frozen=True)
+class PromptSet(Sequence):
+    """Prompts in a fixed order, and the views people ask for."""
+
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, at: Any) -> Any:
+        return PromptSet(self.prompts[at]) if isinstance(at, slice) else self.prompts[at]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def labelled(self, label: str) -> "PromptSet":
+        """Those with a label: harmful, harmless, lookalike, unlabelled."""
+        return PromptSet(tuple(p for p in self.prompts if p.label == label))
+
+    @property
+    def harmful(self) -> "PromptSet":
+        """Requests that should be refused."""
+        return self.labelled("harmful")
+
+    @property
+    def harmless(self) -> "PromptSet":
+        """Plain harmless requests, look-alikes left out."""
+        return self.labelled("harmless")
+
+    @property
+    def lookalike(self) -> "PromptSet":
+        """Harmless requests in harmful-sounding words."""
+        return self.labelled("lookalike")
+
+
+@plain_dataclass(frozen=True)
+class Dataset:
+    """Three disjoint splits; `card` says where they came from, under which licence, with which hashes."""
+
+    name: str
+    train: PromptSet
+    validation: PromptSet
+    test: PromptSet
+    card: dict = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter((*self.train, *self.validation, *self.test))
+
+    @property
+    def hash(self) -> str:
+        """One hash of all prompts, labels and splits."""
+        return digest([[(p.id, p.instruction, p.label) for p in getattr(self, split)] for split in SPLITS])[:16]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class DataSpec:
+    """One option of conf/data. `sets` joins other options; else rows come from `path`, `mirror`, the Hub or the package."""
+
+    name: str
+    path: str | None = None
+    sets: tuple[str, ...] = ()
+    hub: dict[str, Any] | None = None
+    mirror: str | None = None
+    text: str = "prompt"
+    label_field: str = "label"
+    label: Literal["harmful", "harmless", "lookalike"] | None = None
+    category: str = "category"
+    group: str | None = None
+    lookalike: bool = False
+    exempt: bool = False
+    terminal: Literal["keep", "strip", "period"] = "period"
+    limit: int | None = None
+    split: tuple[float, float, float] = (0.5, 0.2, 0.3)
+    seed: int = 0
+    licence: str = ""
+    gated: bool = False
+    sha256: str | None = None
+    card: str = ""
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.split) - 1) > 1e-6 or min(self.split) < 0:
+            raise ValueError(f"split {list(self.split)} must be three shares that add to 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError("limit must be at least 1")
+
+
+def make_data_spec(settings: dict) -> DataSpec:
+    """A spec, or one sentence about the setting that is wrong."""
+    try:
+        return DataSpec(**settings)
+    except ValidationError as error:
+        raise InputError(problem("data", error)) from error
+
+
+def load_dataset(name: str | DataSpec, **changed: Any) -> Dataset:
+    """A config's data set, or a JSONL/CSV file's, in three splits.
+
+    Args:
+        name: an option of conf/data, or a path ending in .jsonl, .json or .csv.
+        changed: settings to change, such as `mirror`, `terminal`, `limit`, `label`.
+    """
+    if isinstance(name, DataSpec):
+        spec = replace(name, **changed)
+    elif name in options("data"):
+        spec = make_data_spec({**option("data", name), **changed})
+    elif Path(name).suffix in (".jsonl", ".json", ".csv"):
+        spec = make_data_spec({"name": Path(name).stem, "path": str(name), **changed})
+    else:
+        raise InputError(f"data {name!r} is no config ({', '.join(options('data'))}) and no .jsonl or .csv file")
+    parts = [make_data_spec({**option("data", part), **_passed_on(spec)}) for part in spec.sets] or [spec]
+    prompts: dict[str, tuple[Prompt, str | None]] = {}
+    cards = []
+    for part in parts:
+        rows, sha = _rows(part)
+        made = [_prompt(part, row, where) for where, row in rows]
+        for prompt, split in _limited(made, part.limit, spec.seed):
+            prompts.setdefault(_plain(prompt.instruction), (set_terminal(prompt, spec.terminal), split))
+        cards.append({"name": part.name, "rows": len(made), "sha256": sha, "licence": part.licence, "gated": part.gated})
+    ids = [prompt.id for prompt, _ in prompts.values()]
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise InputError(f"data {spec.name}: the id {twice!r} stands on two different prompts; make ids unique or leave them out")
+    sides = _split(list(prompts.values()), spec)
+    return Dataset(spec.name, *(PromptSet(tuple(sides[split])) for split in SPLITS), card={"terminal": spec.terminal, "sets": cards})
+
+
+def _passed_on(spec: DataSpec) -> dict:
+    given = {"mirror": spec.mirror, "limit": spec.limit}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _rows(spec: DataSpec) -> tuple[list[tuple[str, dict]], str | None]:
+    """Rows with the place each came from, and the file's hash."""
+    if spec.path:
+        return _file_rows(Path(spec.path).expanduser(), None)
+    if spec.name == "builtin":
+        return _file_rows(BUILTIN, None)
+    if spec.mirror:
+        return _file_rows(Path(spec.mirror).expanduser() / f"{spec.name}.jsonl", spec.sha256)
+    if spec.hub:
+        return _hub_rows(spec), None
+    raise InputError(f"data={spec.name} names no source: set data.path=FILE (.jsonl or .csv), or data.mirror=FOLDER with {spec.name}.jsonl in it")
+
+
+def _file_rows(path: Path, sha256: str | None) -> tuple[list[tuple[str, dict]], str]:
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    blob = path.read_bytes()
+    found = hashlib.sha256(blob).hexdigest()
+    if sha256 and found != sha256:
+        log.warning("%s is not the file this config was written for (SHA-256 %s…, expected %s…)", path, found[:12], sha256[:12])
+    try:
+        text = blob.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it") from error
+    if path.suffix == ".csv":
+        rows = [(f"{path}, row {i}", dict(row)) for i, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 2)]
+    elif path.suffix in (".jsonl", ".json"):
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((f"{path}, line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}, line {number} is no JSON object ({error.msg}): one object a line") from error
+    else:
+        raise InputError(f"{path}: give a .jsonl or .csv file")
+    if not rows:
+        raise InputError(f"{path} holds no row")
+    return rows, found
+
+
+def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
+    hub = dict(spec.hub or {})
+    way_out = f"give a folder that holds {spec.name}.jsonl with data.mirror=FOLDER"
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"data={spec.name} comes from the Hub ({hub['id']}): pip install 'latentguard[hub]', or {way_out}") from error
+    if not hub_reachable():
+        raise InputError(f"data={spec.name} comes from the Hub ({hub['id']}), which cannot be reached; {way_out}")
+    rows = []
+    for split, label in hub["splits"].items():
+        try:
+            loaded = datasets.load_dataset(hub["id"], hub.get("config"), split=split, revision=hub.get("revision"))
+        except (OSError, ValueError) as error:
+            gate = f"; it is gated: accept its terms at https://huggingface.co/datasets/{hub['id']} and run `hf auth login`" if spec.gated else ""
+            raise InputError(f"data={spec.name}: {hub['id']} could not be loaded ({str(error).splitlines()[0][:160]}){gate}; or {way_out}") from error
+        for i, row in enumerate(loaded):
+            named = {ours: row[theirs] for ours, theirs in hub.get("fields", {}).items()}
+            rows.append((f"{hub['id']} {split}[{i}]", {**row, **named, **({"label": label} if label else {}), "id": f"{spec.name}/{split}/{i}"}))
+    return rows
+
+
+def _prompt(spec: DataSpec, row: Any, where: str) -> tuple[Prompt, str | None]:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with a field {spec.text!r}, got {type(row).__name__}")
+    known = {"category": str(row.get(spec.category) or ""), "source": spec.name, "exempt": spec.exempt}
+    label = spec.label or row.get(spec.label_field)
+    if label is None:
+        raise InputError(f"{where}: no field {spec.label_field!r}; name it with data.label_field=…, or say what all rows are with data.label=harmful|harmless|lookalike")
+    value = str(label).lower()
+    if value not in _HARMFUL | _HARMLESS:
+        raise InputError(f"{where}: {spec.label_field}={label!r} is none of {', '.join(sorted(_HARMFUL | _HARMLESS))}")
+    known |= {"harmful": value in _HARMFUL, "lookalike": value == "lookalike" or (spec.lookalike and value in _HARMLESS)}
+    split = row.get("split") if row.get("split") in SPLITS and (spec.path or spec.name == "builtin") else None
+    if "messages" in row:
+        turns = tuple(Message(m["role"], m["content"]) for m in row["messages"])
+        return Prompt(turns, id=str(row.get("id") or ""), group=str(row.get("group") or ""), **{**known, "exempt": True}), split
+    text = row.get(spec.text)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where}: no text in field {spec.text!r}; it has {', '.join(map(str, row))}. Name the field with data.text=…")
+    tie = row.get(spec.group) if spec.group else row.get("group")
+    group = f"{spec.name}/{tie}" if tie is not None and not isinstance(tie, str) else _plain(tie or text)
+    return Prompt.of(text.strip(), id=str(row.get("id") or ""), group=group, **known), split
+
+
+def _plain(text: str) -> str:
+    """A text without case and punctuation: equal requests meet in one group whatever set they come from."""
+    return re.sub(r"[\W_]+", " ", text.lower()).strip() or text
+
+
+def _limited(rows: list[tuple[Prompt, str | None]], limit: int | None, seed: int) -> list[tuple[Prompt, str | None]]:
+    """At most `limit` of each label, drawn by hash so that a larger limit only adds."""
+    if limit is None:
+        return rows
+    kept: set[str] = set()
+    for label in {p.label for p, _ in rows}:
+        ranked = sorted((p.id for p, _ in rows if p.label == label), key=lambda i: digest([seed, i]))
+        kept |= set(ranked[:limit])
+    return [row for row in rows if row[0].id in kept]
+
+
+def _split(rows: Iterable[tuple[Prompt, str | None]], spec: DataSpec) -> dict[str, list[Prompt]]:
+    """Rows keep the split they state; the others are dealt by group, in the same shares for each mix of labels."""
+    groups: dict[str, list[tuple[Prompt, str | None]]] = {}
+    for row in rows:
+        groups.setdefault(row[0].group, []).append(row)
+    sides: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+    strata: dict[tuple, list[str]] = {}
+    for name, members in groups.items():
+        stated = {split for _, split in members}
+        if len(stated - {None}) > 1:
+            raise InputError(f"data {spec.name}: group {name!r} stands in several splits ({', '.join(sorted(stated - {None}))}): one group, one split")
+        if stated == {None}:
+            strata.setdefault(tuple(sorted({(p.source, p.label) for p, _ in members})), []).append(name)
+        else:
+            sides[(stated - {None}).pop()] += [p for p, _ in members]
+    for names in strata.values():
+        ranked = sorted(names, key=lambda name: digest([spec.seed, name]))
+        first, second = round(len(ranked) * spec.split[0]), round(len(ranked) * (spec.split[0] + spec.split[1]))
+        for split, part in zip(SPLITS, (ranked[:first], ranked[first:second], ranked[second:]), strict=True):
+            sides[split] += [p for name in part for p, _ in groups[name]]
+    return sides
