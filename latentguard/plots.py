@@ -1,0 +1,105 @@
+"""One function a figure; each takes rows of plain numbers and returns a matplotlib Figure. Knows no experiment.
+
+Colours are the Okabe-Ito set, told apart by the colour-blind; every line has its own marker, every rate its interval.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+STYLE = {
+    "none": ("#555555", "", "--", "no steering"),
+    "harm": ("#D55E00", "o", "-", "+ harmfulness (at t_inst)"),
+    "refuse": ("#0072B2", "s", "-", "+ refusal (at t_post_inst)"),
+    "random": ("#009E73", "^", ":", "+ random, equal norm"),
+}
+_FONT = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
+
+
+def refusal_by_layer(rows: Rows, baseline: Mapping[str, Any], *, title: str, depth: int) -> Figure:
+    """Refusal rate by layer, one line a direction, the band its 95% interval (arXiv 2507.11878, Fig. 4); a panel a
+    coefficient. Rows: direction, layer, coef, rate, low, high, n."""
+    coefs = sorted({row["coef"] for row in rows})
+    figure = _figure(4.6 * len(coefs) + 0.6, 4.6)
+    axes = figure.subplots(1, len(coefs), sharey=True, squeeze=False)[0]
+    for axis, coef in zip(axes, coefs, strict=True):
+        _lines(axis, [row for row in rows if row["coef"] == coef], "layer", baseline)
+        axis.set(xlabel=f"layer steered (of {depth})", title=f"coefficient {coef:g}", ylim=(-0.03, 1.03))
+        axis.set_xticks(sorted({row["layer"] for row in rows}))
+    axes[0].set_ylabel("refusal rate, harmless prompts")
+    return _legend(figure, axes[0], title)
+
+
+def refusal_by_coefficient(rows: Rows, baseline: Mapping[str, Any], *, title: str) -> Figure:
+    """Refusal rate by coefficient at one layer a direction. Rows as above."""
+    figure = _figure(6.4, 4.6)
+    axis = figure.subplots()
+    start = [{**baseline, "direction": name, "coef": 0.0} for name in dict.fromkeys(row["direction"] for row in rows)]
+    _lines(axis, [*start, *rows], "coef", baseline)
+    axis.set(xlabel="coefficient (× raw difference of means)", ylabel="refusal rate, harmless prompts", ylim=(-0.03, 1.03))
+    axis.set_xticks(sorted({0.0, *(row["coef"] for row in rows)}))
+    return _legend(figure, axis, title)
+
+
+def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) -> Figure:
+    """Prompts with what the model said to them under each intervention. Rows: prompt, and a reply and verdict a column
+    (`<column>`, `<column>_verdict`)."""
+    cells = [[_shown(row["prompt"], 38), *(_shown(row[key], 38) for key in columns)] for row in rows]
+    heights = [max(cell.count("\n") + 1 for cell in line) for line in cells]
+    total = sum(heights) + 0.9 * len(heights) + 3
+    width = 3.1 * (1 + len(columns))
+    figure = _figure(width, 0.155 * total + 0.7)
+    axis = figure.subplots()
+    axis.set(xlim=(0, 1 + len(columns)), ylim=(total, 0))
+    axis.axis("off")
+    for x, name in enumerate(["prompt", *columns.values()]):
+        axis.text(x + 0.02, 1.0, name, weight="bold", va="center", fontsize=9)
+    y = 2.2
+    for row, line, height in zip(rows, cells, heights, strict=True):
+        axis.axhline(y - 0.45, color="#cccccc", linewidth=0.7)
+        for x, text in enumerate(line):
+            verdict = row.get(f"{list(columns)[x - 1]}_verdict") if x else None
+            colour = {"refused": "#A63A00", "degenerate": "#888888"}.get(verdict or "", "#111111")
+            axis.text(x + 0.02, y, text, va="top", fontsize=8, color=colour, parse_math=False, linespacing=1.15)
+        y += height + 0.9
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.text(0.01, 0.003, "refusals in dark red, degenerate text in grey", fontsize=8, color="#555555")
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    import matplotlib as mpl
+
+    mpl.rcParams.update(_FONT)
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _lines(axis: Any, rows: Rows, x: str, baseline: Mapping[str, Any]) -> None:
+    colour, _, dashes, name = STYLE["none"]
+    axis.axhline(baseline["rate"], color=colour, linestyle=dashes, linewidth=1.2, label=f"{name} (n = {baseline['n']})")
+    axis.axhspan(baseline["low"], baseline["high"], color=colour, alpha=0.10, linewidth=0)
+    for direction in dict.fromkeys(row["direction"] for row in rows):
+        line = sorted((row for row in rows if row["direction"] == direction), key=lambda row: row[x])
+        colour, marker, dashes, name = STYLE[direction]
+        sizes = sorted({row["n"] for row in line})
+        count = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]}–{sizes[-1]}"
+        at = [row[x] for row in line]
+        axis.plot(at, [row["rate"] for row in line], color=colour, marker=marker, linestyle=dashes, label=f"{name} ({count})")
+        axis.fill_between(at, [row["low"] for row in line], [row["high"] for row in line], color=colour, alpha=0.15, linewidth=0)
+
+
+def _legend(figure: Figure, axis: Any, title: str) -> Figure:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=10.5)
+    return figure
+
+
+def _shown(text: str, width: int) -> str:
+    """One cell of text: no control characters, at most six lines."""
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    lines = textwrap.wrap(clean, width) or ["(nothing)"]
+    return "\n".join(lines if len(lines) <= 6 else [*lines[:5], lines[5][: width - 1] + "…"])
