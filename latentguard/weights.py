@@ -65,7 +65,7 @@ class ModelSpec:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def spec_of(name: str, **changed: Any) -> ModelSpec:
+def spec_of(name: str, /, **changed: Any) -> ModelSpec:
     """The spec of a config name, a folder or a Hub id, with some settings changed."""
     if name in options("model"):
         return with_settings(option("model", name), changed)

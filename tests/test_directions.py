@@ -107,8 +107,14 @@ def test_layers_that_are_none_are_refused(settings):
         Add(mean_difference(states, prompts[:2], position="t_inst"), **settings).layers(12)
 
 
-@pytest.mark.parametrize("settings", [{"coef": float("nan")}, {"coef": float("inf")}, {"positions": "t_last"}, {"when": "always"}])
+@pytest.mark.parametrize("settings", [{"coef": float("nan")}, {"coef": float("inf")}, {"positions": "t_last"}])
 def test_wrong_interventions_are_refused(settings):
     states, prompts, _ = planted()
     with pytest.raises(InputError):
         Add(mean_difference(states, prompts[:2], position="t_inst"), layer=4, **settings)
+
+
+def test_when_is_one_of_two():
+    states, prompts, _ = planted()
+    with pytest.raises((InputError, TypeError), match="always"):
+        Add(mean_difference(states, prompts[:2], position="t_inst"), layer=4, when="always")
