@@ -1,0 +1,173 @@
+"""The front door: compose the settings, build the experiment, load the model, run, say what was found.
+
+Imports nothing heavy: `--help` and a mistyped option are answered without torch.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from latentguard.configs import CONF, option
+from latentguard.errors import InputError
+
+if TYPE_CHECKING:
+    from latentguard.trackers import Files
+
+log = logging.getLogger(__name__)
+_state = {"started": False}
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _hydra_main(cfg: DictConfig) -> Any:
+    _state["started"] = True
+    many = HydraConfig.get().mode.name == "MULTIRUN"
+    try:
+        return run(cfg)
+    except InputError as error:
+        if many:  # the sweep goes on; Hydra reports the job
+            raise
+        print(f"latentguard: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        where = HydraConfig.get().runtime.output_dir
+        print(f"\nlatentguard: interrupted; rows so far are in {where}, and what was computed is answered from the store next time", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run(cfg: DictConfig) -> Any:
+    """One job. Everything that can be wrong with the settings is said before a weight is loaded."""
+    started = time.monotonic()
+    hydra_cfg = HydraConfig.get()
+    plain: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    folder = Path(hydra_cfg.runtime.output_dir)
+    choices = {key: value for key, value in hydra_cfg.runtime.choices.items() if "/" not in key}
+
+    from latentguard.weights import with_settings
+
+    spec = with_settings(option("model", choices["model"]), plain["model"])
+    experiment = _build(cfg.exp, "exp")
+    judge = _build(cfg.judge, "judge")
+
+    from latentguard.backends.loading import depth, resident
+    from latentguard.datasets import load_dataset, make_data_spec
+    from latentguard.store import Stored
+
+    experiment.check(depth(spec))
+    data = load_dataset(make_data_spec(plain["data"]))
+    _seed(cfg.seed)
+    _greet(spec)
+    with _tracker(plain, choices, folder, hydra_cfg, spec.name) as tracker:
+        backend = resident(spec, batch_size=plain["backend"]["batch_size"])
+        if plain["backend"]["store"]:
+            backend = Stored(backend)
+        log.info("%s in %.0f s; data %s: %d train, %d validation, %d test", spec.name, time.monotonic() - started, data.name, *map(len, _sides(data)))
+        _show_positions(backend, data)
+        environment = {**_environment(), "backend": backend.key(), "data": {"hash": data.hash, **data.card}, "seed": cfg.seed, "command": sys.argv}
+        tracker.write_json("environment.json", {**environment, "choices": choices, "model": spec.name, "model_card": spec.card, "licence": spec.licence})
+        summary = experiment(backend, data, judge, tracker)
+        tracker.summary({**summary, "seconds": round(time.monotonic() - started, 1)})
+    log.info("\n%s\nLook at %s", summary["claim"], _shown(folder / "figures"))
+    return summary.get("objective")
+
+
+def _build(node: DictConfig, where: str) -> Any:
+    """The object a config names; a wrong value is one sentence."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+    from pydantic import ValidationError
+
+    from latentguard.weights import problem
+
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValidationError):
+            raise InputError(problem(where, cause)) from None
+        if isinstance(cause, ValueError | TypeError):
+            raise InputError(f"{where}: {cause}") from None
+        raise
+
+
+def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: str) -> "Files":
+    from latentguard.trackers import Files, Wandb
+
+    settings = dict(plain["tracker"])
+    if settings.pop("name") == "files":
+        return Files(folder)
+    sweep = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode.name == "MULTIRUN" else None
+    words = [word for word in hydra_cfg.overrides.task if not word.startswith(("model=", "exp=", "tracker"))]
+    if settings["generations"] not in ("verdicts", "full"):
+        raise InputError(f"tracker.generations={settings['generations']!r}: choose verdicts or full")
+    name = " · ".join([model, choices["exp"], *words])
+    config = {**choices, "model": model, "seed": plain["seed"], "cfg": plain}
+    return Wandb(folder, config=config, name=name, group=sweep, job_type=choices["exp"], **settings)
+
+
+def _greet(spec: Any) -> None:
+    if spec.card:
+        log.info("%s: %s", spec.name, spec.card)
+
+
+def _show_positions(backend: Any, data: Any) -> None:
+    """The decoded tokens of the two positions everything rests on, for one prompt."""
+    from latentguard.positions import parse_position
+
+    prompt = next(iter(data.train))
+    rendered = backend.render([prompt])[0]
+    shown = []
+    for name in ("t_inst", "t_post_inst"):
+        token = parse_position(name).tokens(rendered)[0]
+        shown.append(f"{name} = token {token} of {len(rendered)}, {rendered.text[slice(*rendered.offsets[token])]!r}")
+    log.info("positions in prompt %s: %s", prompt.id, "; ".join(shown))
+
+
+def _sides(data: Any) -> list:
+    return [data.train, data.validation, data.test]
+
+
+def _seed(seed: int) -> None:
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _environment() -> dict:
+    import platform
+    import subprocess
+    from importlib.metadata import version
+
+    names = ("latentguard", "torch", "transformers", "nnsight", "numpy", "hydra-core", "wandb")
+    checkout, commit = Path(__file__).parents[1], ""
+    if (checkout / ".git").exists():
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout, check=False).stdout.strip()
+    return {"versions": {name: version(name) for name in names}, "python": platform.python_version(), "machine": platform.platform(), "commit": commit or None}
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def main() -> None:
+    """`python -m latentguard.run` and the console script `latentguard`."""
+    try:
+        _hydra_main()
+    except SystemExit as end:
+        if end.code == 1 and not _state["started"]:  # Hydra has said what is wrong with the words on the command line
+            raise SystemExit(2) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

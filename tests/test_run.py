@@ -1,0 +1,159 @@
+"""The command line as a person meets it: help, wrong words, a whole run on the tiny model, a sweep."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from latentguard.configs import CONF, options
+
+QUICK = ["model=tiny", "exp.n_train=32", "exp.n_test=3", "exp.n_grid=2", "exp.n_draw=1", "exp.draws=1", "exp.draws_reported=2", "exp.layers=[1,3]", "exp.n_validation=2", "exp.max_new_tokens=4"]  # fmt: skip
+
+
+@pytest.fixture
+def run(python, tmp_path):
+    executable, env = python
+
+    def call(*words, cwd=tmp_path, **more):
+        settings = {**env, "LATENTGUARD_CACHE": str(tmp_path / "cache"), **more}
+        return subprocess.run([executable, "-m", "latentguard.run", *words], cwd=cwd, env=settings, capture_output=True, text=True)
+
+    return call
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capfd):
+    """The same door in this process: what takes seconds is importing torch anew."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from latentguard import run as door
+
+    def call(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(sys, "argv", ["latentguard", *words])
+        monkeypatch.setitem(door._state, "started", False)
+        GlobalHydra.instance().clear()
+        code = 0
+        try:
+            door.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            GlobalHydra.instance().clear()
+        return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capfd.readouterr(), strict=True)))
+
+    return call
+
+
+def test_help_shows_groups_options_and_commands(run):
+    said = run("--help")
+    assert said.returncode == 0
+    for group in ("model", "data", "exp", "judge", "tracker", "backend"):
+        assert f"{group}: " in said.stdout
+    assert said.stdout.count("python -m latentguard.run") == 3 and "llama3_1_405b" in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["exp=nothing"], "steer_harm"),
+        (["model=nothing"], "qwen2_5_coder_0_5b_q4"),
+        (["exp.layrs=[1]"], "layrs"),
+        (["exp.layers=[99]"], "layer 99: this model has layers 0 … 4"),
+        (["exp.layers=[1.5]"], "fraction of depth"),
+        (["exp.layers=[-1]"], "layer -1"),
+        (["exp.coefs=[1,x]"], "exp.coefs.1='x'"),
+        (["exp.coefs=[]"], "at least one"),
+        (["exp.coefs=[nan]"], "finite"),
+        (["exp.harm_position=t_last"], "t_post_inst"),
+        (["exp.harm_position=all"], "mean(all)"),
+        (["exp.where=everywhere"], "position 'everywhere'"),
+        (["exp.when=always"], "exp.when='always'"),
+        (["exp.direction=love"], "exp.direction='love'"),
+        (["exp.n_test=0"], "n_test=0"),
+        (["exp.max_new_tokens=many"], "exp.max_new_tokens='many'"),
+        (["model.dtype=int3"], "model.dtype='int3'"),
+        (["model.id=/no/such/folder"], "there is no such folder"),
+        (["data=file"], "data.path=FILE"),
+        (["data=file", "data.path=gone.jsonl"], "no such file"),
+        (["data.terminal=dot"], "data.terminal='dot'"),
+        (["data=advbench", "data.mirror=/no/such"], "advbench.jsonl: there is no such file"),
+        (["judge=nothing"], "phrases"),
+        (["backend.batch_size=0"], "batch_size=0"),
+        (["tracker=wandb", "tracker.generations=some"], "choose verdicts or full"),
+        (["nonsense"], "nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_wrong_words_are_refused_with_the_way_out(run_here, words, says):
+    said = run_here(*([] if words[0].startswith("model=") else ["model=tiny"]), *words)
+    assert said.returncode == 2, said.stderr
+    assert says in said.stdout + said.stderr
+    if said.stderr.startswith("latentguard:"):
+        assert "Traceback" not in said.stderr and len(said.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_leaves_what_it_promises_and_a_second_one_reads_it(run_here, tmp_path):
+    for n in (1, 2):
+        said = run_here(*QUICK, f"hydra.run.dir={tmp_path}/out{n}")
+        assert said.returncode == 0, said.stderr
+        assert "claim withheld (insufficient_base_rate)" in said.stdout and "t_inst = token" in said.stdout
+    out = tmp_path / "out1"
+    for name in ("rows.jsonl", "summary.json", "environment.json", "run.log", ".hydra/config.yaml", "directions/harm.safetensors", "figures/replies.png"):
+        assert (out / name).is_file(), name
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["model"] == "tiny" and environment["data"]["hash"] and environment["backend"]["weights"] and environment["versions"]["torch"]
+    rows = [[json.loads(line) for line in (tmp_path / f"out{n}" / "rows.jsonl").read_text().splitlines()] for n in (1, 2)]
+    assert rows[0] == rows[1]
+    replies = [row["reply"] for row in rows[0] if len(row.get("reply") or "") > 3]
+    assert replies and not any(reply in (out / "run.log").read_text() for reply in replies)
+    from latentguard.directions import Direction
+
+    assert Direction.load(out / "directions" / "harm.safetensors").layers == (0, 1, 2, 3, 4)
+
+
+def test_a_sweep_loads_each_model_once_and_survives_a_bad_job(run, tmp_path):
+    said = run("-m", *QUICK, "exp=steer_harm,steer_refusal", "exp.coefs=[1],[-1]", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert said.returncode == 1, "one job failed, so the sweep says so at its end"
+    jobs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    done = [path for path in jobs if (path / "summary.json").is_file()]
+    assert (len(jobs), len(done)) == (4, 2)
+    failed = next(path for path in jobs if path not in done)
+    assert "above 0" in (failed / "run.log").read_text()
+
+
+def test_wrong_words_leave_the_shell_with_code_2(run):
+    said = run("model=tiny", "exp.layers=[99]")
+    assert said.returncode == 2 and said.stderr.startswith("latentguard: layer 99") and len(said.stderr.splitlines()) == 1
+    assert run("model=nothing").returncode == 2
+
+
+def test_the_model_axis_is_moved_first():
+    from omegaconf import OmegaConf
+
+    from latentguard.sweeps import ModelFirst
+
+    basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"seed": "1,2"}}
+    words = ["exp=a,b", "model=x,y", "exp.n_test=3"]
+    config = OmegaConf.create({"hydra": {"sweeper": basic, "overrides": {"task": words}}})
+    ModelFirst().on_multirun_start(config)
+    assert list(config.hydra.sweeper.params) == ["model", "seed"] and config.hydra.overrides.task == ["exp=a,b", "exp.n_test=3"]
+
+
+@pytest.mark.parametrize("exp", options("exp"))
+@pytest.mark.parametrize("judge", options("judge"))
+def test_every_config_builds(exp, judge):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for model in options("model"):
+            config = compose("config", [f"exp={exp}", f"model={model}", f"judge={judge}", "tracker=wandb"])
+            assert config.model.name == model
+        built = instantiate(config.exp, _convert_="all")
+        assert instantiate(config.judge, _convert_="all").name
+    stated = {key for key in yaml.safe_load((CONF / "exp" / f"{exp}.yaml").read_text()) if not key.startswith("_")}
+    assert stated == set(built.__dataclass_fields__), "a study's YAML says all its settings"
