@@ -1,7 +1,10 @@
 # `make demo` and `make test` each set up .venv with pip alone and run; nothing else is needed but Python 3.11+ and make.
 PYTHON ?= python3
 PY := .venv/bin/python
+# Threads that wait give way, and freed memory is kept for the next forward pass: about a tenth less time on two cores.
 export OMP_WAIT_POLICY ?= passive
+export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
+export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .PHONY: demo test test-fast test-system check clean
 
@@ -18,7 +21,7 @@ test: .venv/ready  ## all tests, the real model's too
 	$(PY) -m pytest -q
 
 test-fast: .venv/ready  ## seconds: random weights only
-	$(PY) -m pytest -q -m "not real"
+	$(PY) -m pytest -q -m "not real and not slow"
 
 test-system:  ## what needs Debian's packages (Redis, Chromium): nothing yet
 	@echo "test-system: no test needs system packages yet"

@@ -5,12 +5,13 @@ Degenerate replies count as neither. A cell too thin to carry a claim is said to
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from latentguard.backends import Backend, Reply
+from latentguard.backends import Backend, Decoding, Reply
+from latentguard.interventions import Grid
 from latentguard.judges import Judge, Verdict
 from latentguard.metrics import base_rate_gate, log_odds
 from latentguard.prompts import Prompt
@@ -48,7 +49,7 @@ class Cells:
         return base_rate_gate(len(self.of(harmful, label)), self.total(harmful))
 
     def counts(self) -> dict[str, int]:
-        """n of every cell, for summaries."""
+        """N of every cell, for summaries."""
         sides = {"harmful": True, "harmless": False}
         return {f"{verdict}_{side}": len(self.of(value, verdict)) for side, value in sides.items() for verdict in ("refused", "accepted", "degenerate")}
 
@@ -67,14 +68,16 @@ def _side(prompt: Prompt) -> bool | None:
     return None if prompt.lookalike else prompt.harmful
 
 
-def judge_replies(backend: Backend, prompts: Sequence[Prompt], judge: Judge, max_new_tokens: int) -> Cells:
-    """Let the model answer, unsteered, and judge."""
-    replies = backend.generate(prompts, max_new_tokens=max_new_tokens, decided=judge.decided)
-    return Cells(tuple(Judged(reply, judge.verdict(reply.text, reply.prompt)) for reply in replies))
+def judge_stream(
+    backend: Backend, prompts: Sequence[Prompt], grid: Grid, judge: Judge, max_new_tokens: int
+) -> Iterator[tuple[int, int, Judged]]:  # fmt: skip
+    """Judged replies as they come: (cell, prompt, reply with verdict), so that an interruption loses none."""
+    for cell, row, reply in backend.stream(list(prompts), grid, Decoding(max_new_tokens), judge.decided):
+        yield cell, row, Judged(reply, judge.verdict(reply.text, reply.prompt))
 
 
 def refusal_log_odds(logprobs: Tensor, tokens: set[int]) -> float:
-    """log P(refusal token) / P(any other) at the first token of the reply (as in arXiv 2406.11717, §3)."""
+    """Log P(refusal token) / P(any other) at the first token of the reply (as in arXiv 2406.11717, §3)."""
     return log_odds(float(logprobs[-1, sorted(tokens)].exp().sum()))
 
 

@@ -229,7 +229,9 @@ def _prompt(spec: DataSpec, row: Any, where: str) -> tuple[Prompt, str | None]:
     known = {"category": str(row.get(spec.category) or ""), "source": spec.name, "exempt": spec.exempt}
     label = spec.label or row.get(spec.label_field)
     if label is None:
-        raise InputError(f"{where}: no field {spec.label_field!r}; name it with data.label_field=…, or say what all rows are with data.label=harmful|harmless|lookalike")
+        raise InputError(
+            f"{where}: no field {spec.label_field!r}; name it with data.label_field=…, or say what all rows are with data.label=harmful|harmless|lookalike"
+        )
     value = str(label).lower()
     if value not in _HARMFUL | _HARMLESS:
         raise InputError(f"{where}: {spec.label_field}={label!r} is none of {', '.join(sorted(_HARMFUL | _HARMLESS))}")

@@ -138,9 +138,7 @@ class Direction:
         return cls(layers=tuple(card.pop("layers")), **card, **tensors)
 
 
-def mean_difference(
-    states: Activations, positive: Iterable[Prompt], negative: Iterable[Prompt] | None = None, *, position: str, name: str = ""
-) -> Direction:
+def mean_difference(states: Activations, positive: Iterable[Prompt], negative: Iterable[Prompt] | None = None, *, position: str, name: str = "") -> Direction:
     """Raw difference of means, mean(positive) − mean(negative), at every layer read (arXiv 2507.11878, Eq. 5).
 
     Args:

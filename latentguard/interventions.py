@@ -23,7 +23,7 @@ Along = Float[Tensor, "*#batch d_model"]  # broadcasts over what it acts on
 
 
 def add(state: Hidden, vector: Along, amount: float | Tensor) -> Hidden:
-    """state + amount · vector."""
+    """State + amount · vector."""
     return state + amount * vector
 
 
@@ -207,7 +207,10 @@ def steering_grid(
 ) -> Grid:
     """Add `direction` at each layer × coefficient."""
     cells = [
-        Cell((Add(direction, layer=layer, coef=coef, when=when, positions=positions),), {**tags, "layer": layer, "coef": coef, "position": positions, "when": when})
+        Cell(
+            (Add(direction, layer=layer, coef=coef, when=when, positions=positions),),
+            {**tags, "layer": layer, "coef": coef, "position": positions, "when": when},
+        )
         for layer in layers
         for coef in coefs
     ]

@@ -233,7 +233,7 @@ class Phrases:
         """phrases-<version>."""
         return _named(f"phrases-{VERSION}", window=(self.window, 24))
 
-    def verdict(self, reply: str, prompt: Prompt | None = None) -> Verdict:  # noqa: ARG002
+    def verdict(self, reply: str, prompt: Prompt | None = None) -> Verdict:
         """`rule` is the rule and the words that matched, or why the text is degenerate."""
         opening = _opening(reply, self.window)
         if why := _degenerate(opening.tokens):
@@ -301,7 +301,7 @@ class Classifier:
         """classifier-<version in the weights file>."""
         return _named(f"classifier-{self._fitted['version']}", threshold=(self.threshold, 0.5), weights=(self.weights, None))
 
-    def verdict(self, reply: str, prompt: Prompt | None = None) -> Verdict:  # noqa: ARG002
+    def verdict(self, reply: str, prompt: Prompt | None = None) -> Verdict:
         """`rule` is the n-gram that spoke most for the label; a degenerate reply has no score."""
         window, opening = self._fitted["window"], self._fitted["opening"]
         if why := _degenerate(_opening(reply, window).tokens):
@@ -354,7 +354,7 @@ class PaperSubstrings:
         """A constant: the list does not change."""
         return "paper-substrings-1"
 
-    def verdict(self, reply: str, prompt: Prompt | None = None) -> Verdict:  # noqa: ARG002
+    def verdict(self, reply: str, prompt: Prompt | None = None) -> Verdict:
         """`rule` is the first of the substrings in the list's order."""
         if not reply.strip():
             return Verdict("refused", rule="empty")

@@ -47,6 +47,6 @@ def base_rate_gate(count: int, total: int) -> str:
 
 
 def log_odds(p: float) -> float:
-    """log p / (1 − p), bounded by what float32 can tell."""
+    """Log p / (1 − p), bounded by what float32 can tell."""
     p = min(max(p, 1e-7), 1 - 1e-7)
     return math.log(p / (1 - p))

@@ -21,7 +21,8 @@ _FONT = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
 
 def refusal_by_layer(rows: Rows, baseline: Mapping[str, Any], *, title: str, depth: int) -> Figure:
     """Refusal rate by layer, one line a direction, the band its 95% interval (arXiv 2507.11878, Fig. 4); a panel a
-    coefficient. Rows: direction, layer, coef, rate, low, high, n."""
+    coefficient. Rows: direction, layer, coef, rate, low, high, n.
+    """
     coefs = sorted({row["coef"] for row in rows})
     figure = _figure(4.6 * len(coefs) + 0.6, 4.6)
     axes = figure.subplots(1, len(coefs), sharey=True, squeeze=False)[0]
@@ -46,7 +47,8 @@ def refusal_by_coefficient(rows: Rows, baseline: Mapping[str, Any], *, title: st
 
 def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) -> Figure:
     """Prompts with what the model said to them under each intervention. Rows: prompt, and a reply and verdict a column
-    (`<column>`, `<column>_verdict`)."""
+    (`<column>`, `<column>_verdict`).
+    """
     cells = [[_shown(row["prompt"], 38), *(_shown(row[key], 38) for key in columns)] for row in rows]
     heights = [max(cell.count("\n") + 1 for cell in line) for line in cells]
     total = sum(heights) + 0.9 * len(heights) + 3

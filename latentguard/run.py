@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> Any:
     folder = Path(hydra_cfg.runtime.output_dir)
     choices = {key: value for key, value in hydra_cfg.runtime.choices.items() if "/" not in key}
 
-    from latentguard.weights import with_settings
+    from latentguard.weights import locate, with_settings
 
     spec = with_settings(option("model", choices["model"]), plain["model"])
     experiment = _build(cfg.exp, "exp")
@@ -61,12 +61,23 @@ def run(cfg: DictConfig) -> Any:
     experiment.check(depth(spec))
     data = load_dataset(make_data_spec(plain["data"]))
     _seed(cfg.seed)
-    _greet(spec)
+    if spec.card:
+        log.info("%s: %s", spec.name, spec.card)
+    if spec.tiny is None:
+        locate(spec)  # fetched, or refused, before a tracker opens a run
     with _tracker(plain, choices, folder, hydra_cfg, spec.name) as tracker:
         backend = resident(spec, batch_size=plain["backend"]["batch_size"])
         if plain["backend"]["store"]:
             backend = Stored(backend)
-        log.info("%s in %.0f s; data %s: %d train, %d validation, %d test", spec.name, time.monotonic() - started, data.name, *map(len, _sides(data)))
+        log.info(
+            "%s in %.0f s; data %s: %d train, %d validation, %d test",
+            spec.name,
+            time.monotonic() - started,
+            data.name,
+            len(data.train),
+            len(data.validation),
+            len(data.test),
+        )
         _show_positions(backend, data)
         environment = {**_environment(), "backend": backend.key(), "data": {"hash": data.hash, **data.card}, "seed": cfg.seed, "command": sys.argv}
         tracker.write_json("environment.json", {**environment, "choices": choices, "model": spec.name, "model_card": spec.card, "licence": spec.licence})
@@ -110,11 +121,6 @@ def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: st
     return Wandb(folder, config=config, name=name, group=sweep, job_type=choices["exp"], **settings)
 
 
-def _greet(spec: Any) -> None:
-    if spec.card:
-        log.info("%s: %s", spec.name, spec.card)
-
-
 def _show_positions(backend: Any, data: Any) -> None:
     """The decoded tokens of the two positions everything rests on, for one prompt."""
     from latentguard.positions import parse_position
@@ -126,10 +132,6 @@ def _show_positions(backend: Any, data: Any) -> None:
         token = parse_position(name).tokens(rendered)[0]
         shown.append(f"{name} = token {token} of {len(rendered)}, {rendered.text[slice(*rendered.offsets[token])]!r}")
     log.info("positions in prompt %s: %s", prompt.id, "; ".join(shown))
-
-
-def _sides(data: Any) -> list:
-    return [data.train, data.validation, data.test]
 
 
 def _seed(seed: int) -> None:

@@ -27,7 +27,8 @@ PAPER_FORMS = {
 @dataclass(frozen=True)
 class Template:
     """How prompts are rendered: `chat` is the model's own template with its default system text, `paper` the
-    paper's bare form, `plain` the text alone (for base models). `system` replaces the default system text."""
+    paper's bare form, `plain` the text alone (for base models). `system` replaces the default system text.
+    """
 
     tokenizer: Any
     form: Form = "chat"

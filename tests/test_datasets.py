@@ -46,7 +46,12 @@ def test_groups_never_straddle(name, tmp_path):
 
 
 def test_terminal_marks():
-    for text, keep, strip, period in (("Why?! ", "Why?! ", "Why", "Why."), ("Go", "Go", "Go", "Go."), ("a.b.", "a.b.", "a.b", "a.b."), ("Hm ...", "Hm ...", "Hm", "Hm.")):
+    for text, keep, strip, period in (
+        ("Why?! ", "Why?! ", "Why", "Why."),
+        ("Go", "Go", "Go", "Go."),
+        ("a.b.", "a.b.", "a.b", "a.b."),
+        ("Hm ...", "Hm ...", "Hm", "Hm."),
+    ):
         for terminal, wanted in (("keep", keep), ("strip", strip), ("period", period)):
             done = set_terminal(Prompt.of(text), terminal)
             assert (done.instruction, done.terminal) == (wanted, terminal)

@@ -54,15 +54,16 @@ def test_greedy_replies_equal_transformers_generate(family, prompts):
 @pytest.mark.parametrize("family", ("qwen2", "gemma2", "gpt2"))
 @pytest.mark.parametrize("when", ("prefill", "every_step"))
 def test_a_fused_grid_equals_its_cells_one_by_one(family, when, prompts):
+    prompts = prompts[:5]
     fast, slow = make_tiny(family, batch_size=9, system="You are kind."), make_tiny(family, batch_size=1, system="You are kind.", reuse=False)
     states = fast.read(prompts, "all", ["t_inst"])
     v = mean_difference(states, prompts[:3], position="t_inst")
-    cells = [*steering_grid(v, [0, 1, 3, 4], [0.5, 3.0], when=when), Cell(), Cell((Ablate(v, layer="all", when=when),))]
+    cells = [*steering_grid(v, [0, 1, 4], [0.5, 3.0], when=when), Cell(), Cell((Ablate(v, layer="all", when=when),))]
     cells += [Cell((Add(v, layer=2, coef=2.0, positions="user", when=when), Add(random_like(v, 1), layer=2, coef=1.0, positions="t_inst")))]
     cells += [Cell((Patch(states, layer=2, positions="t_inst", source={p.id: "t0" for p in prompts}),))]
-    together = fast.generate(prompts, Grid(tuple(cells)), max_new_tokens=6)
+    together = fast.generate(prompts, Grid(tuple(cells)), max_new_tokens=4)
     for cell, replies in zip(cells, together, strict=True):
-        assert tokens(replies) == tokens(slow.generate(prompts, list(cell.interventions), max_new_tokens=6))
+        assert tokens(replies) == tokens(slow.generate(prompts, list(cell.interventions), max_new_tokens=4))
     logits = fast.logits(prompts, Grid(tuple(cells)))
     for cell, found in zip(cells, logits, strict=True):
         torch.testing.assert_close(torch.cat(found), torch.cat(slow.logits(prompts, list(cell.interventions))), atol=1e-4, rtol=0)
@@ -148,7 +149,9 @@ def test_s8_nnsight_and_plain_hooks_agree(tiny, prompts, direction):
 
 def test_patching_with_its_own_state_is_nothing(tiny, prompts):
     states = tiny.read(prompts, "all", ["t_inst"])
-    assert tokens(tiny.generate(prompts, [Patch(states, layer="all", positions="t_inst")], max_new_tokens=6)) == tokens(tiny.generate(prompts, max_new_tokens=6))
+    assert tokens(tiny.generate(prompts, [Patch(states, layer="all", positions="t_inst")], max_new_tokens=6)) == tokens(
+        tiny.generate(prompts, max_new_tokens=6)
+    )
 
 
 def test_ablation_leaves_no_projection(tiny, prompts, direction):

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 
 from latentguard.configs import CONF, options
 
-QUICK = ["model=tiny", "exp.n_train=32", "exp.n_test=3", "exp.n_grid=2", "exp.n_draw=1", "exp.draws=1", "exp.draws_reported=2", "exp.layers=[1,3]", "exp.n_validation=2", "exp.max_new_tokens=4"]  # fmt: skip
+QUICK = ["model=tiny", "exp.n_harmful=32", "exp.n_harmless=32", "exp.n_unsteered=2", "exp.n_control=2", "exp.n_test=3", "exp.n_grid=2", "exp.n_draw=1", "exp.draws=1", "exp.draws_reported=2", "exp.layers=[1,3]", "exp.n_validation=2", "exp.max_new_tokens=4"]  # fmt: skip
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_run_leaves_what_it_promises_and_a_second_one_reads_it(run_here, tmp_p
     environment = json.loads((out / "environment.json").read_text())
     assert environment["model"] == "tiny" and environment["data"]["hash"] and environment["backend"]["weights"] and environment["versions"]["torch"]
     rows = [[json.loads(line) for line in (tmp_path / f"out{n}" / "rows.jsonl").read_text().splitlines()] for n in (1, 2)]
-    assert rows[0] == rows[1]
+    assert sorted(map(str, rows[0])) == sorted(map(str, rows[1]))
     replies = [row["reply"] for row in rows[0] if len(row.get("reply") or "") > 3]
     assert replies and not any(reply in (out / "run.log").read_text() for reply in replies)
     from latentguard.directions import Direction
@@ -118,6 +118,7 @@ def test_a_run_leaves_what_it_promises_and_a_second_one_reads_it(run_here, tmp_p
     assert Direction.load(out / "directions" / "harm.safetensors").layers == (0, 1, 2, 3, 4)
 
 
+@pytest.mark.slow
 def test_a_sweep_loads_each_model_once_and_survives_a_bad_job(run, tmp_path):
     said = run("-m", *QUICK, "exp=steer_harm,steer_refusal", "exp.coefs=[1],[-1]", f"hydra.sweep.dir={tmp_path}/sweep")
     assert said.returncode == 1, "one job failed, so the sweep says so at its end"
@@ -128,6 +129,7 @@ def test_a_sweep_loads_each_model_once_and_survives_a_bad_job(run, tmp_path):
     assert "above 0" in (failed / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_wrong_words_leave_the_shell_with_code_2(run):
     said = run("model=tiny", "exp.layers=[99]")
     assert said.returncode == 2 and said.stderr.startswith("latentguard: layer 99") and len(said.stderr.splitlines()) == 1

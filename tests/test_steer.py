@@ -70,7 +70,11 @@ class Planted:
         for c, cell in enumerate(grid):
             for i, prompt in enumerate(prompts):
                 refused = self.pushed(prompt, cell) > 3.0
-                yield c, i, Reply(prompt, "I'm sorry, but I can't help with that." if refused else "Sure, here is a short answer.", (1 if refused else 2,), "eos")
+                yield (
+                    c,
+                    i,
+                    Reply(prompt, "I'm sorry, but I can't help with that." if refused else "Sure, here is a short answer.", (1 if refused else 2,), "eos"),
+                )
 
     def generate(self, prompts, interventions=(), **settings):
         from latentguard.backends import Backend
@@ -110,7 +114,7 @@ def test_every_number_can_be_counted_again_from_the_rows(data, tmp_path):
         mine = [r for r in rows if r["stage"] == "grid" and (r["intervention"], r["layer"], r["coef"]) == (cell["direction"], cell["layer"], cell["coef"])]
         assert (len(mine), sum(r["verdict"] == "refused" for r in mine)) == (cell["n"], cell["k"])
     reported = [r for r in rows if r["stage"] == "reported" and r["intervention"] == "harm"]
-    assert len(reported) == summary["reported"]["harm"]["n"] == 50
+    assert len(reported) == summary["reported"]["harm"]["n"] == 40
     control = [r for r in rows if r["stage"] == "control"]
     assert len({r["draw"] for r in control}) == 10 and len(control) == summary["reported"]["random"]["n"]
     generated = [r for r in rows if r["stage"] != "validation"]
@@ -124,7 +128,9 @@ def test_every_number_can_be_counted_again_from_the_rows(data, tmp_path):
 def test_train_validation_and_test_prompts_are_apart(data):
     tracker = Memory()
     Steer(**SETTINGS)(Planted(), data, Phrases(), tracker)
-    stages = {stage: {r["prompt_id"] for r in tracker.all_rows if r["stage"] == stage and "prompt_id" in r} for stage in ("train", "baseline", "grid", "reported")}
+    stages = {
+        stage: {r["prompt_id"] for r in tracker.all_rows if r["stage"] == stage and "prompt_id" in r} for stage in ("train", "baseline", "grid", "reported")
+    }
     assert not stages["train"] & (stages["baseline"] | stages["grid"] | stages["reported"])
     assert stages["grid"] <= stages["reported"]
     categories = {r["category"] for r in tracker.all_rows if r["stage"] == "grid"}

@@ -84,7 +84,9 @@ def good(tmp_path):
     return tmp_path / "good"
 
 
-@pytest.mark.parametrize(("setting", "says"), [({"dtype": "int7"}, "model.dtype='int7'"), ({"template": "mine"}, "model.template"), ({"layers": 3}, "model.layers")])
+@pytest.mark.parametrize(
+    ("setting", "says"), [({"dtype": "int7"}, "model.dtype='int7'"), ({"template": "mine"}, "model.template"), ({"layers": 3}, "model.layers")]
+)
 def test_wrong_settings_are_one_sentence(setting, says):
     with pytest.raises(InputError, match=says):
         spec_of("tiny", **setting)
@@ -114,6 +116,7 @@ def test_hub_refusals_are_said(monkeypatch):
         (errors.RevisionNotFoundError("none", response=response), "no revision"),
         (OSError("disk full"), "disk full"),
     ):
+
         def refuse(*_, local_files_only=False, error=error, **__):
             raise errors.LocalEntryNotFoundError("not here") if local_files_only else error
 
@@ -188,7 +191,9 @@ def test_the_cache_moves_as_one(python, tmp_path):
 
     executable, env = python
     env = {k: v for k, v in env.items() if k not in ("HF_HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "MPLCONFIGDIR")} | {"LATENTGUARD_CACHE": str(tmp_path)}
-    code = "import latentguard, os; from huggingface_hub import constants; print(constants.HF_HUB_CACHE, os.environ['MPLCONFIGDIR'], os.environ['WANDB_DATA_DIR'])"
+    code = (
+        "import latentguard, os; from huggingface_hub import constants; print(constants.HF_HUB_CACHE, os.environ['MPLCONFIGDIR'], os.environ['WANDB_DATA_DIR'])"
+    )
     places = subprocess.run([executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split()
     assert len(places) == 3 and all(place.startswith(str(tmp_path)) for place in places)
     assert sys.version_info >= (3, 11)

@@ -79,12 +79,11 @@ class Backend(Protocol):
         reduce: "Callable[[int, Tensor], object] | None" = None,
     ) -> list:
         """Next-token log-probabilities at `position`: a list over prompts of [token, vocab] (a list of such lists for a
-        Grid). `reduce(prompt_index, logprobs)` replaces each by something smaller as soon as it is there."""
+        Grid). `reduce(prompt_index, logprobs)` replaces each by something smaller as soon as it is there.
+        """
         ...
 
-    def stream(
-        self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None
-    ) -> Iterator[tuple[int, int, Reply]]:
+    def stream(self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None) -> Iterator[tuple[int, int, Reply]]:
         """Replies as they come: (cell index, prompt index, reply), in no promised order."""
         ...
 

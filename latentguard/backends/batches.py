@@ -65,7 +65,8 @@ def shared_prefix(rendered: Sequence[Rendered]) -> int:
 @dataclass(frozen=True)
 class Slot:
     """One operation on one layer for all rows at once; `mask` [row, column, 1] says where, `step` [row, 1, 1] whether
-    generated tokens too."""
+    generated tokens too.
+    """
 
     kind: str
     vector: Tensor
@@ -74,6 +75,7 @@ class Slot:
     step: Tensor
 
     def __call__(self, state: Tensor, where: Tensor) -> Tensor:
+        """`state` with the operation done where `where` [row, column, 1] is true."""
         changed = KINDS[self.kind](state.float(), self.vector.to(state.device), self.amount.to(state.device))
         return torch.where(where.to(state.device), changed.to(state.dtype), state)
 

@@ -12,7 +12,7 @@ from latentguard.backends.local import Local
 from latentguard.backends.tiny import tiny_model, tiny_tokenizer
 from latentguard.errors import InputError
 from latentguard.prompts import digest
-from latentguard.weights import ModelSpec, locate, weights_hash
+from latentguard.weights import ModelSpec, config_folder, locate, weights_hash
 
 log = logging.getLogger(__name__)
 _slot: dict[tuple, Local] = {}
@@ -57,7 +57,7 @@ def depth(spec: ModelSpec) -> int:
     """Number of layers, from the spec or the model's config.json, without loading weights."""
     if spec.tiny is not None:
         return spec.tiny.get("n_layers", 4)
-    return spec.n_layers or families.n_layers(AutoConfig.from_pretrained(locate(spec), trust_remote_code=spec.trust_remote_code))
+    return spec.n_layers or families.n_layers(AutoConfig.from_pretrained(config_folder(spec), trust_remote_code=spec.trust_remote_code))
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -71,7 +71,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def _quantization(settings: dict | None) -> object:
-    """transformers' own config for a dict with `quant_method` (bitsandbytes, gptq, awq, …)."""
+    """Transformers' own config for a dict with `quant_method` (bitsandbytes, gptq, awq, …)."""
     if settings is None:
         return None
     from transformers.quantizers import AutoQuantizationConfig

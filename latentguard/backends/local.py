@@ -243,9 +243,7 @@ class Local(Backend):
         """One forward pass from layer `start` upwards: logits of the last `keep` tokens, and collected states."""
         blocks, depth, states = self.blocks, self.n_layers, {}
         with torch.inference_mode():
-            with self.model.trace(
-                input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
-            ):
+            with self.model.trace(input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep):
                 for layer in range(depth):
                     if layer < start:
                         blocks[layer].skip(entering if layer == start - 1 else blocks[layer].input)

@@ -14,8 +14,8 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from latentguard import plots
-from latentguard.backends import Backend, Reply
-from latentguard.behaviour import Cells, divergence, judge_replies, refusal_log_odds
+from latentguard.backends import Backend
+from latentguard.behaviour import Cells, Judged, divergence, judge_stream, refusal_log_odds
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, cosine, mean_difference, random_like
 from latentguard.errors import InputError
@@ -43,13 +43,16 @@ class Steer:
     where: str = "all"
     when: When = "prefill"
     max_new_tokens: int = 12
-    n_train: int = 64
+    n_harmful: int = 80
+    n_harmless: int = 48
     n_poles: int = 100
-    n_validation: int = 16
-    n_damage: int = 8
-    n_grid: int = 16
-    n_draw: int = 8
-    n_test: int = 50
+    n_validation: int = 12
+    n_damage: int = 6
+    n_test: int = 40
+    n_unsteered: int = 24
+    n_grid: int = 12
+    n_draw: int = 6
+    n_control: int = 10
     draws: int = 3
     draws_reported: int = 10
     min_log_odds: float = 0.0
@@ -66,7 +69,7 @@ class Steer:
             raise ValueError(f"coefs={list(self.coefs)}: give at least one, each finite and above 0 (no steering is always run)")
         if len(set(self.coefs)) < len(self.coefs):
             raise ValueError(f"coefs={list(self.coefs)}: one stands twice")
-        counts = ("max_new_tokens", "n_train", "n_poles", "n_validation", "n_damage", "n_grid", "n_draw", "n_test", "draws", "draws_reported")
+        counts = tuple(name for name in self.__dataclass_fields__ if name.startswith(("n_", "draws", "max_new")))
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
@@ -95,7 +98,7 @@ class _Run:
 
     def summary(self) -> dict[str, Any]:
         """All steps, and what came out."""
-        trained = self._label("train", [*self._some(self.data.train.harmful, self.set.n_train), *self._some(self.data.train.harmless, self.set.n_train)])
+        trained = self._label("train", [*self._some(self.data.train.harmful, self.set.n_harmful), *self._some(self.data.train.harmless, self.set.n_harmless)])
         withheld = trained.gate(True, "refused") or trained.gate(False, "accepted")
         poles = "label" if withheld else "behaviour"
         harm, refuse = self.directions = self._directions(trained, poles)
@@ -104,6 +107,15 @@ class _Run:
         baseline = self._baseline()
         scored = {d.name: self._validate(d, trained.refusal_tokens(self.backend)) for d in self.directions}
         chosen = {name: self._choose(rows) for name, rows in scored.items()}
+        for name, at in chosen.items():
+            log.info(
+                "validation: + %s at layer %s, coefficient %g: log-odds of refusal %.2f, damage %.2f",
+                name,
+                at["layer"],
+                at["coef"],
+                at["log_odds"],
+                at["damage"],
+            )
         grid = self._grid(poles)
         reported = {name: self._reported(d, chosen[name], poles) for name, d in (("harm", harm), ("refuse", refuse))}
         study = self.set.direction
@@ -133,14 +145,15 @@ class _Run:
         return sorted(prompts, key=lambda prompt: digest([self.set.seed, prompt.id]))[:n]
 
     def _label(self, stage: str, prompts: list[Prompt]) -> Cells:
-        cells = judge_replies(self.backend, prompts, self.judge, self.set.max_new_tokens)
-        self._rows([j.reply for j in cells.judged], [j.verdict for j in cells.judged], stage=stage)
+        """What the model does unsteered."""
+        cells = Cells(tuple(self._judged([Cell(tags={"intervention": "none"})], prompts, stage=stage)[0]))
         log.info("%s: %s", stage, ", ".join(f"{n} {cell.replace('_', ' ')}" for cell, n in cells.counts().items()))
         return cells
 
     def _directions(self, trained: Cells, poles: str) -> tuple[Direction, Direction]:
         """v_harm at t_inst and v_refuse at t_post_inst, from refused harmful − accepted harmless (Eq. 5); by label where
-        the model's behaviour leaves a cell too thin."""
+        the model's behaviour leaves a cell too thin.
+        """
         if poles == "behaviour":
             high, low = trained.of(True, "refused"), trained.of(False, "accepted")
         else:
@@ -157,8 +170,8 @@ class _Run:
         """No steering: refusal of held-out harmless, look-alike and harmful requests, side by side."""
         asked = {
             "harmless": self.test,
-            "lookalike": self._some(self.data.test.lookalike, self.set.n_test),
-            "harmful": self._some(self.data.test.harmful, self.set.n_test),
+            "lookalike": self._some(self.data.test.lookalike, self.set.n_unsteered),
+            "harmful": self._some(self.data.test.harmful, self.set.n_unsteered),
         }
         cells = self._label("baseline", [prompt for prompts in asked.values() for prompt in prompts])
         verdicts = {j.prompt.id: j.verdict for j in cells.judged}
@@ -226,25 +239,24 @@ class _Run:
         main = self.directions[0 if self.set.direction == "harm" else 1]
         seeds = range(self.set.seed, self.set.seed + self.set.draws_reported)
         cells = [cell for seed in seeds for cell in self._steering(random_like(main, seed), at, draw=seed - self.set.seed)]
-        draws = self._run(cells, self.grid_prompts, "control", poles)
+        draws = self._run(cells, self.test[: self.set.n_control], "control", poles)
         rates = [rate([v.label == "refused" for v in verdicts]).rate for verdicts in draws]
         return {**counted([v for verdicts in draws for v in verdicts]), "draws": len(draws), "lowest_draw": min(rates), "highest_draw": max(rates)}
 
     def _run(self, cells: list[Cell], prompts: list[Prompt], stage: str, poles: str) -> list[list[Verdict]]:
-        replies = self.backend.generate(prompts, Grid(tuple(cells)), max_new_tokens=self.set.max_new_tokens, decided=self.judge.decided)
-        judged = [[self.judge.verdict(reply.text, reply.prompt) for reply in said] for said in replies]
-        for cell, said, verdicts in zip(cells, replies, judged, strict=True):
-            self._rows(said, verdicts, stage=stage, poles=poles, **cell.tags)
-        return judged
+        return [[j.verdict for j in said] for said in self._judged(cells, prompts, stage=stage, poles=poles)]
 
-    def _rows(self, replies: Iterable[Reply], verdicts: Sequence[Verdict], **tags: object) -> None:
-        rows = []
-        for reply, verdict in zip(replies, verdicts, strict=True):
-            prompt = reply.prompt
+    def _judged(self, cells: list[Cell], prompts: list[Prompt], **tags: object) -> list[list[Judged]]:
+        """Every cell's judged replies in the order of `prompts`; each row is kept as it comes."""
+        found: list[dict[int, Judged]] = [{} for _ in cells]
+        for c, i, judged in judge_stream(self.backend, prompts, Grid(tuple(cells)), self.judge, self.set.max_new_tokens):
+            found[c][i] = judged
+            prompt, verdict = judged.prompt, judged.verdict
             about = {"prompt_id": prompt.id, "prompt": prompt.instruction, "label": prompt.label, "category": prompt.category}
-            said = {"reply": reply.text, "verdict": verdict.label, "rule": verdict.rule, "score": verdict.score, "finish": reply.finish}
-            rows.append({**about, "source": prompt.source, "terminal": prompt.terminal, "intervention": "none", **tags, **said, "judge": self.judge.name})
-        self.tracker.rows(rows)
+            said = {"reply": judged.reply.text, "verdict": verdict.label, "rule": verdict.rule, "score": verdict.score, "finish": judged.reply.finish}
+            row = {**about, "source": prompt.source, "terminal": prompt.terminal, **tags, **cells[c].tags, **said, "judge": self.judge.name}
+            self.tracker.rows([row])
+        return [[replies[i] for i in range(len(prompts))] for replies in found]
 
     def _draw(self, grid: list[Row], baseline: list[Verdict], reported: dict, chosen: dict[str, Row], withheld: str) -> None:
         base = counted(baseline)
@@ -264,7 +276,7 @@ class _Run:
 
     def _side_by_side(self, chosen: dict[str, Row]) -> list[Row]:
         """Ten test prompts with whole replies; more tokens than the rates are counted from, so that one can read them."""
-        prompts = self.grid_prompts[:10]
+        prompts = self.test[:10]
         main = self.directions[0 if self.set.direction == "harm" else 1]
         grids = [self._steering(d, chosen[d.name]) for d in self.directions] + [self._steering(random_like(main, self.set.seed), chosen[self.set.direction])]
         names = ["none", "harm", "refuse", "random"]
@@ -290,7 +302,7 @@ class _Run:
             cells = summary["cells"]
             return (
                 f"{self.backend.name}: claim withheld ({withheld}): {cells['refused_harmful']} harmful requests refused and {cells['accepted_harmless']} harmless "
-                f"ones accepted of {self.set.n_train} each at most (30 and 15% needed); with poles by label, {numbers}."
+                f"ones accepted, where each needs 30 and 15%; with poles by label, {numbers}."
             )
         effect = "beyond its random control" if found["low"] > control["high"] else "NOT beyond its random control"
         return f"{self.backend.name}: {numbers} — {effect}."
