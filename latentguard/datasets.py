@@ -205,7 +205,7 @@ def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
     hub = dict(spec.hub or {})
     way_out = f"give a folder that holds {spec.name}.jsonl with data.mirror=FOLDER"
     try:
-        import datasets
+        import datasets  # pyright: ignore  (the Hub's library, not this module)
     except ImportError as error:
         raise InputError(f"data={spec.name} comes from the Hub ({hub['id']}): pip install 'latentguard[hub]', or {way_out}") from error
     if not hub_reachable():
@@ -213,7 +213,12 @@ def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
     rows = []
     for split, label in hub["splits"].items():
         try:
-            loaded = datasets.load_dataset(hub["id"], hub.get("config"), split=split, revision=hub.get("revision"))
+            loaded: Any = datasets.load_dataset(  # pyright: ignore
+                path=hub["id"],
+                name=hub.get("config"),
+                split=split,
+                revision=hub.get("revision"),  # pyright: ignore
+            )
         except (OSError, ValueError) as error:
             gate = f"; it is gated: accept its terms at https://huggingface.co/datasets/{hub['id']} and run `hf auth login`" if spec.gated else ""
             raise InputError(f"data={spec.name}: {hub['id']} could not be loaded ({str(error).splitlines()[0][:160]}){gate}; or {way_out}") from error
@@ -272,13 +277,13 @@ def _split(rows: Iterable[tuple[Prompt, str | None]], spec: DataSpec) -> dict[st
     sides: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
     strata: dict[tuple, list[str]] = {}
     for name, members in groups.items():
-        stated = {split for _, split in members}
-        if len(stated - {None}) > 1:
-            raise InputError(f"data {spec.name}: group {name!r} stands in several splits ({', '.join(sorted(stated - {None}))}): one group, one split")
-        if stated == {None}:
+        stated = {split for _, split in members if split is not None}
+        if len(stated) > 1:
+            raise InputError(f"data {spec.name}: group {name!r} stands in several splits ({', '.join(sorted(stated))}): one group, one split")
+        if not stated:
             strata.setdefault(tuple(sorted({(p.source, p.label) for p, _ in members})), []).append(name)
         else:
-            sides[(stated - {None}).pop()] += [p for p, _ in members]
+            sides[stated.pop()] += [p for p, _ in members]
     for names in strata.values():
         ranked = sorted(names, key=lambda name: digest([spec.seed, name]))
         first, second = round(len(ranked) * spec.split[0]), round(len(ranked) * (spec.split[0] + spec.split[1]))

@@ -16,7 +16,6 @@ STYLE = {
     "refuse": ("#0072B2", "s", "-", "+ refusal (at t_post_inst)"),
     "random": ("#009E73", "^", ":", "+ random, equal norm"),
 }
-_FONT = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110}
 
 
 def refusal_by_layer(rows: Rows, baseline: Mapping[str, Any], *, title: str, depth: int) -> Figure:
@@ -73,13 +72,11 @@ def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) 
 
 
 def _figure(width: float, height: float) -> Figure:
-    import matplotlib as mpl
-
-    mpl.rcParams.update(_FONT)
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _lines(axis: Any, rows: Rows, x: str, baseline: Mapping[str, Any]) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
     colour, _, dashes, name = STYLE["none"]
     axis.axhline(baseline["rate"], color=colour, linestyle=dashes, linewidth=1.2, label=f"{name} (n = {baseline['n']})")
     axis.axhspan(baseline["low"], baseline["high"], color=colour, alpha=0.10, linewidth=0)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from latentguard.configs import CONF, option
@@ -26,7 +27,7 @@ _state = {"started": False}
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _hydra_main(cfg: DictConfig) -> Any:
     _state["started"] = True
-    many = HydraConfig.get().mode.name == "MULTIRUN"
+    many = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return run(cfg)
     except InputError as error:
@@ -112,7 +113,7 @@ def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: st
     settings = dict(plain["tracker"])
     if settings.pop("name") == "files":
         return Files(folder)
-    sweep = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode.name == "MULTIRUN" else None
+    sweep = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode == RunMode.MULTIRUN else None
     words = [word for word in hydra_cfg.overrides.task if not word.startswith(("model=", "exp=", "tracker"))]
     if settings["generations"] not in ("verdicts", "full"):
         raise InputError(f"tracker.generations={settings['generations']!r}: choose verdicts or full")
@@ -164,7 +165,7 @@ def _shown(path: Path) -> Path:
 def main() -> None:
     """`python -m latentguard.run` and the console script `latentguard`."""
     try:
-        _hydra_main()
+        _hydra_main()  # pyright: ignore[reportCallIssue]  (Hydra supplies the config)
     except SystemExit as end:
         if end.code == 1 and not _state["started"]:  # Hydra has said what is wrong with the words on the command line
             raise SystemExit(2) from None

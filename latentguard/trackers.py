@@ -132,11 +132,12 @@ class Wandb(Files):
 
     def __init__(
         self, folder: str | Path, *, config: Mapping[str, Any], name: str, group: str | None = None, job_type: str | None = None,
-        project: str = "latentguard", entity: str | None = None, mode: str | None = None, tags: Sequence[str] = (),
+        project: str = "latentguard", entity: str | None = None, mode: Literal["online", "offline", "disabled"] | None = None, tags: Sequence[str] = (),
         generations: Literal["verdicts", "full"] = "verdicts",
     ) -> None:  # fmt: skip
         super().__init__(folder)
         import wandb
+        from wandb.errors import CommError, UsageError
 
         self._wandb, self._full, self._table = wandb, generations == "full", []
         settings = wandb.Settings(console="off", save_code=False, silent=True)
@@ -145,7 +146,7 @@ class Wandb(Files):
                 project=project, entity=entity, mode=mode, dir=str(folder), name=name, group=group, job_type=job_type, tags=list(tags),
                 config=dict(config), settings=settings, reinit="finish_previous",
             )  # fmt: skip
-        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+        except (UsageError, CommError) as error:
             raise InputError(f"tracker=wandb: {str(error).splitlines()[0]}; run `wandb login`, or set WANDB_MODE=offline, or tracker=files") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

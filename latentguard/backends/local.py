@@ -223,17 +223,15 @@ class Local(Backend):
                 entering = clean.prefix[start].expand(c, -1, -1) if clean else None
                 _, prefix = self._run(ids, torch.ones_like(ids), positions[::n, :cut], cache, head, start, entering, 1, collect)
                 for i, layer in enumerate(cache.layers):
-                    if i >= start:
-                        cache.layers[i] = _with(layer, layer.keys.repeat_interleave(n, 0), layer.values.repeat_interleave(n, 0), cut)
-                    else:  # skipped layers still tell the length of what came before
-                        full = clean.cache.layers[i]  # type: ignore[union-attr]
-                        cache.layers[i] = _with(full, full.keys[:, :, :cut].repeat(c, 1, 1, 1), full.values[:, :, :cut].repeat(c, 1, 1, 1), cut)
+                    if clean and i < start:  # skipped layers still tell the length of what came before
+                        cache.layers[i] = _changed(clean.cache.layers[i], lambda t: t[:, :, :cut].repeat(c, 1, 1, 1), cut)
+                    else:
+                        cache.layers[i] = _changed(layer, lambda t: t.repeat_interleave(n, 0), cut)
             entering = clean.rest[start].repeat(c, 1, 1) if clean else None
             tail = take_plan(plan, every, slice(cut, None))
             logits, rest = self._run(batch.ids[:, cut:].repeat(c, 1), mask, positions[:, cut:], cache, tail, start, entering, keep, collect)
-        for i in range(start):
-            full = clean.cache.layers[i]  # type: ignore[union-attr]
-            cache.layers[i] = _with(full, full.keys.repeat(c, 1, 1, 1), full.values.repeat(c, 1, 1, 1), batch.width)
+        for i, layer in enumerate(clean.cache.layers[:start] if clean else ()):
+            cache.layers[i] = _changed(layer, lambda t: t.repeat(c, 1, 1, 1), batch.width)
         return _Prefilled(logits, cache, mask, plan, prefix, rest)
 
     def _run(
@@ -343,10 +341,10 @@ def _state(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _with(layer: Any, keys: Tensor, values: Tensor, length: int) -> Any:
-    """A cache layer like `layer` that holds other keys and values."""
+def _changed(layer: Any, change: Callable[[Tensor], Tensor], length: int) -> Any:
+    """A cache layer like `layer` with `change` done to its keys and values; `length` tokens long."""
     new = copy.copy(layer)
-    new.keys, new.values = keys, values
+    new.keys, new.values = change(layer.keys), change(layer.values)
     if hasattr(new, "cumulative_length"):
         new.cumulative_length = length
     return new

@@ -296,7 +296,8 @@ class _Run:
         word = {"harm": "harmfulness", "refuse": "refusal"}[name]
         numbers = (
             f"adding the {word} direction at layer {at['layer']} (coefficient {at['coef']:g}, dose {at['dose']:.2f}) takes refusal of held-out harmless "
-            f"requests from {as_text(base)} to {as_text(found)}; random directions of equal norm: {as_text(control)}"
+            f"requests from {as_text(base)} to {as_text(found)}; random directions of equal norm: {as_text(control)}, "
+            f"{control['draws']} draws, the highest {control['highest_draw']:.2f}"
         )
         if withheld:
             cells = summary["cells"]
@@ -304,7 +305,7 @@ class _Run:
                 f"{self.backend.name}: claim withheld ({withheld}): {cells['refused_harmful']} harmful requests refused and {cells['accepted_harmless']} harmless "
                 f"ones accepted, where each needs 30 and 15%; with poles by label, {numbers}."
             )
-        effect = "beyond its random control" if found["low"] > control["high"] else "NOT beyond its random control"
+        effect = "beyond its random control" if found["low"] > max(control["high"], control["highest_draw"]) else "NOT beyond its random control"
         return f"{self.backend.name}: {numbers} — {effect}."
 
 
