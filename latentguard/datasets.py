@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -205,7 +206,7 @@ def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
     hub = dict(spec.hub or {})
     way_out = f"give a folder that holds {spec.name}.jsonl with data.mirror=FOLDER"
     try:
-        import datasets  # pyright: ignore  (the Hub's library, not this module)
+        library: Any = import_module("datasets")
     except ImportError as error:
         raise InputError(f"data={spec.name} comes from the Hub ({hub['id']}): pip install 'latentguard[hub]', or {way_out}") from error
     if not hub_reachable():
@@ -213,11 +214,11 @@ def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
     rows = []
     for split, label in hub["splits"].items():
         try:
-            loaded: Any = datasets.load_dataset(  # pyright: ignore
+            loaded: Any = datasets.load_dataset(
                 path=hub["id"],
                 name=hub.get("config"),
                 split=split,
-                revision=hub.get("revision"),  # pyright: ignore
+                revision=hub.get("revision"),
             )
         except (OSError, ValueError) as error:
             gate = f"; it is gated: accept its terms at https://huggingface.co/datasets/{hub['id']} and run `hf auth login`" if spec.gated else ""
