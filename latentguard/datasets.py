@@ -214,12 +214,7 @@ def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
     rows = []
     for split, label in hub["splits"].items():
         try:
-            loaded: Any = datasets.load_dataset(
-                path=hub["id"],
-                name=hub.get("config"),
-                split=split,
-                revision=hub.get("revision"),
-            )
+            loaded = library.load_dataset(path=hub["id"], name=hub.get("config"), split=split, revision=hub.get("revision"))
         except (OSError, ValueError) as error:
             gate = f"; it is gated: accept its terms at https://huggingface.co/datasets/{hub['id']} and run `hf auth login`" if spec.gated else ""
             raise InputError(f"data={spec.name}: {hub['id']} could not be loaded ({str(error).splitlines()[0][:160]}){gate}; or {way_out}") from error
