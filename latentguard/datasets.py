@@ -5,6 +5,7 @@ Groups (a question, its rewrites, its matched twin) never straddle a split.
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from latentguard.configs import option, options
 from latentguard.errors import InputError
-from latentguard.prompts import Message, Prompt, digest, set_terminal
+from latentguard.prompts import Prompt, digest, messages_of, set_terminal
 from latentguard.weights import hub_reachable, problem
 
 log = logging.getLogger(__name__)
@@ -141,13 +142,19 @@ def load_dataset(name: str | DataSpec, **changed: Any) -> Dataset:
         raise InputError(f"data {name!r} is no config ({', '.join(options('data'))}) and no .jsonl or .csv file")
     parts = [make_data_spec({**option("data", part), **_passed_on(spec)}) for part in spec.sets] or [spec]
     prompts: dict[str, tuple[Prompt, str | None]] = {}
-    cards = []
+    cards, dropped = [], 0
     for part in parts:
         rows, sha = _rows(part)
         made = [_prompt(part, row, where) for where, row in rows]
         for prompt, split in _limited(made, part.limit, spec.seed):
-            prompts.setdefault(_plain(prompt.instruction), (set_terminal(prompt, spec.terminal), split))
+            done = set_terminal(prompt, spec.terminal)
+            first = prompts.setdefault(_same(done), (done, split))[0]
+            if first.harmful != prompt.harmful:
+                raise InputError(f"data {spec.name}: prompts {first.id} and {prompt.id} are equal but labelled {first.label} and {prompt.label}: keep one")
+            dropped += first is not done
         cards.append({"name": part.name, "rows": len(made), "sha256": sha, "licence": part.licence, "gated": part.gated})
+    if dropped:
+        log.info("data %s: %d repeated prompts are kept once", spec.name, dropped)
     ids = [prompt.id for prompt, _ in prompts.values()]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
@@ -186,15 +193,19 @@ def _file_rows(path: Path, sha256: str | None) -> tuple[list[tuple[str, dict]], 
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it") from error
     if path.suffix == ".csv":
-        rows = [(f"{path}, row {i}", dict(row)) for i, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 2)]
+        csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+        try:
+            rows = [(f"{path}, row {i}", dict(row)) for i, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)]
+        except csv.Error as error:
+            raise InputError(f"{path} is no CSV ({error}): quote fields that hold commas or line breaks") from error
     elif path.suffix in (".jsonl", ".json"):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append((f"{path}, line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number} is no JSON object ({error.msg}): one object a line") from error
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}, line {number} is no JSON object ({error}): one object a line") from error
     else:
         raise InputError(f"{path}: give a .jsonl or .csv file")
     if not rows:
@@ -237,16 +248,33 @@ def _prompt(spec: DataSpec, row: Any, where: str) -> tuple[Prompt, str | None]:
     if value not in _HARMFUL | _HARMLESS:
         raise InputError(f"{where}: {spec.label_field}={label!r} is none of {', '.join(sorted(_HARMFUL | _HARMLESS))}")
     known |= {"harmful": value in _HARMFUL, "lookalike": value == "lookalike" or (spec.lookalike and value in _HARMLESS)}
-    split = row.get("split") if row.get("split") in SPLITS and (spec.path or spec.name == "builtin") else None
-    if "messages" in row:
-        turns = tuple(Message(m["role"], m["content"]) for m in row["messages"])
-        return Prompt(turns, id=str(row.get("id") or ""), group=str(row.get("group") or ""), **{**known, "exempt": True}), split
+    split = _stated_split(row.get("split"), where) if spec.path or spec.name == "builtin" else None
+    name = "" if row.get("id") is None else str(row["id"])
+    tie = row.get(spec.group or "group")
+    if isinstance(row.get("messages"), list):
+        try:
+            return Prompt(messages_of(row["messages"]), id=name, group="" if tie is None else str(tie), **{**known, "exempt": True}), split
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
     text = row.get(spec.text)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: no text in field {spec.text!r}; it has {', '.join(map(str, row))}. Name the field with data.text=…")
-    tie = row.get(spec.group) if spec.group else row.get("group")
     group = f"{spec.name}/{tie}" if tie is not None and not isinstance(tie, str) else _plain(tie or text)
-    return Prompt.of(text.strip(), id=str(row.get("id") or ""), group=group, **known), split
+    return Prompt.of(text.strip(), id=name, group=group, **known), split
+
+
+def _stated_split(value: Any, where: str) -> str | None:
+    if value is None or value == "":
+        return None
+    split = {"valid": "validation", "val": "validation", "dev": "validation"}.get(str(value).lower(), str(value).lower())
+    if split not in SPLITS:
+        raise InputError(f"{where}: split={value!r} is none of {', '.join(SPLITS)}; leave it out to have rows dealt")
+    return split
+
+
+def _same(prompt: Prompt) -> str:
+    """What two prompts share that are one: every turn's words and marks, case, blanks and final marks aside."""
+    return "\n".join(f"{m.role}:{' '.join(m.content.lower().rstrip('.?! ').split())}" for m in prompt.messages)
 
 
 def _plain(text: str) -> str:

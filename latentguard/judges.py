@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from latentguard.errors import InputError
-from latentguard.prompts import Prompt
+from latentguard.prompts import Prompt, digest
 
 Label = Literal["refused", "accepted", "degenerate"]
 
@@ -290,11 +290,13 @@ class Classifier:
     threshold: float = 0.5
     weights: str | None = None
     _fitted: dict = field(init=False, repr=False, compare=False)
+    fingerprint: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or not 0 < self.threshold < 1:
             raise InputError(f"judge threshold={self.threshold!r}: give a probability between 0 and 1, such as 0.5")
         object.__setattr__(self, "_fitted", _read_weights(Path(self.weights) if self.weights else WEIGHTS))
+        object.__setattr__(self, "fingerprint", digest(self._fitted)[:12])
 
     @property
     def name(self) -> str:

@@ -38,9 +38,13 @@ class Rendered:
 
     @property
     def user_tokens(self) -> list[int]:
-        """Indices of the tokens that hold any character of the instruction."""
+        """Indices of the tokens that hold any character of the instruction.
+
+        Tokenizers that trim offsets give a blank no characters: such a token belongs to the instruction where it ends
+        inside it, the instruction's own last blank included.
+        """
         start, end = self.user
-        return [i for i, (a, b) in enumerate(self.offsets) if b > start and a < end and b > a]
+        return [i for i, (a, b) in enumerate(self.offsets) if (b > a and b > start and a < end) or (a == b and start < a <= end)]
 
 
 @dataclass(frozen=True)

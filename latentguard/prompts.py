@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ from latentguard.errors import InputError
 
 Terminal = Literal["keep", "strip", "period"]
 TERMINALS = ("keep", "strip", "period")
-_FINAL_MARKS = re.compile(r"[.?!\s]+$")
+_FINAL_MARKS = ".?!" + string.whitespace
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def set_terminal(prompt: Prompt, terminal: Terminal) -> Prompt:
         return replace(prompt, terminal="exempt")
     if terminal == "keep":
         return replace(prompt, terminal="keep")
-    bare = _FINAL_MARKS.sub("", prompt.instruction)
+    bare = prompt.instruction.rstrip(_FINAL_MARKS)
     if not bare:
         raise InputError(f"prompt {prompt.id}: {prompt.instruction!r} is only punctuation; drop it or set terminal=keep")
     return prompt.with_instruction(bare + "." if terminal == "period" else bare, terminal=terminal)
@@ -99,10 +99,12 @@ def as_prompts(prompts: object) -> list[Prompt]:
     """
     if isinstance(prompts, Prompt | str):
         prompts = [prompts]
+    if isinstance(prompts, Mapping):
+        prompts = [prompts]
     if not isinstance(prompts, Iterable):
         raise InputError(f"{prompts!r} is no prompt: give a string, a Prompt, a list of messages or a list of these")
     items = list(prompts)
-    if items and all(isinstance(item, dict) for item in items):
+    if items and all(isinstance(item, Mapping) for item in items):
         items = [items]
     return [_as_prompt(item) for item in items]
 
@@ -113,8 +115,18 @@ def _as_prompt(item: object) -> Prompt:
     if isinstance(item, str):
         return Prompt.of(item)
     if isinstance(item, list | tuple) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in item):
-        return Prompt(tuple(Message(m["role"], m["content"]) for m in item), exempt=True, terminal="exempt")
+        return Prompt(messages_of(item), exempt=True, terminal="exempt")
     raise InputError(f"{str(item)[:80]!r} is no prompt: give a string, a Prompt, or a list of {{role, content}} messages")
+
+
+def messages_of(turns: object) -> tuple[Message, ...]:
+    """Turns as messages: a list of {role, content} with text in both."""
+    if not isinstance(turns, list | tuple) or not turns:
+        raise InputError(f"messages={str(turns)[:60]!r}: give a list of {{role, content}} objects")
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise InputError(f"message {str(turn)[:60]!r}: give an object with role and content, both text")
+    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
 
 
 def digest(value: object) -> str:

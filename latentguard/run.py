@@ -3,6 +3,7 @@
 Imports nothing heavy: `--help` and a mistyped option are answered without torch.
 """
 
+import contextlib
 import logging
 import sys
 import time
@@ -14,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from latentguard.configs import CONF, option
+from latentguard.configs import CONF, option, options
 from latentguard.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def run(cfg: DictConfig) -> Any:
 
     from latentguard.weights import locate, with_settings
 
-    spec = with_settings(option("model", choices["model"]), plain["model"])
+    known = option("model", choices["model"]) if choices["model"] in options("model") else plain["model"]  # or from a --config-dir
+    spec = with_settings(known, plain["model"])
     experiment = _build(cfg.exp, "exp")
     judge = _build(cfg.judge, "judge")
 
@@ -59,8 +61,9 @@ def run(cfg: DictConfig) -> Any:
     from latentguard.datasets import load_dataset, make_data_spec
     from latentguard.store import Stored
 
-    experiment.check(depth(spec))
+    _check(plain)
     data = load_dataset(make_data_spec(plain["data"]))
+    experiment.check(depth(spec), data)
     _seed(cfg.seed)
     if spec.card:
         log.info("%s: %s", spec.name, spec.card)
@@ -107,6 +110,29 @@ def _build(node: DictConfig, where: str) -> Any:
         raise
 
 
+def _check(plain: dict) -> None:
+    """The few settings that no spec or experiment checks."""
+    size, store, name, seed = plain["backend"]["batch_size"], plain["backend"]["store"], plain["backend"]["name"], plain["seed"]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InputError(f"backend.batch_size={size!r}: give a number of rows, 1 or more")
+    if not isinstance(store, bool):
+        raise InputError(f"backend.store={store!r}: choose true or false")
+    if name != "local":
+        raise InputError(f"backend.name={name!r}: only local is there")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed!r}: give an int from 0 to {2**32 - 1}")
+    tracker = plain.get("tracker") or {}
+    if tracker.get("name") not in ("files", "wandb"):
+        raise InputError(f"tracker.name={tracker.get('name')!r}: choose tracker=files or tracker=wandb")
+    if tracker["name"] == "wandb":
+        if tracker["generations"] not in ("verdicts", "full"):
+            raise InputError(f"tracker.generations={tracker['generations']!r}: choose verdicts or full")
+        if tracker["mode"] not in (None, "online", "offline", "disabled"):
+            raise InputError(f"tracker.mode={tracker['mode']!r}: choose online, offline or disabled, or leave it null")
+        if not isinstance(tracker["tags"], list):
+            raise InputError(f"tracker.tags={tracker['tags']!r}: give a list, [a,b]")
+
+
 def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: str) -> "Files":
     from latentguard.trackers import Files, Wandb
 
@@ -115,8 +141,6 @@ def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: st
         return Files(folder)
     sweep = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode == RunMode.MULTIRUN else None
     words = [word for word in hydra_cfg.overrides.task if not word.startswith(("model=", "exp=", "tracker"))]
-    if settings["generations"] not in ("verdicts", "full"):
-        raise InputError(f"tracker.generations={settings['generations']!r}: choose verdicts or full")
     name = " · ".join([model, choices["exp"], *words])
     config = {**choices, "model": model, "seed": plain["seed"], "cfg": plain}
     return Wandb(folder, config=config, name=name, group=sweep, job_type=choices["exp"], **settings)
@@ -154,7 +178,8 @@ def _environment() -> dict:
     names = ("latentguard", "torch", "transformers", "nnsight", "numpy", "hydra-core", "wandb")
     checkout, commit = Path(__file__).parents[1], ""
     if (checkout / ".git").exists():
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout, check=False).stdout.strip()
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout, check=False).stdout.strip()
     return {"versions": {name: version(name) for name in names}, "python": platform.python_version(), "machine": platform.platform(), "commit": commit or None}
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from latentguard.backends import Acting, Backend, Decoding, Reply
 from latentguard.caches import cache_dir
-from latentguard.directions import Activations
+from latentguard.directions import Activations, tensor_hash
+from latentguard.errors import InputError
 from latentguard.interventions import Cell, Grid
 from latentguard.layers import Layers, resolve_layers
 from latentguard.positions import Rendered, parse_position
@@ -38,6 +39,8 @@ class Stored(Backend):
     """
 
     def __init__(self, backend: Backend, folder: str | Path | None = None) -> None:
+        if not backend.weights:
+            raise InputError(f"{backend.name} has no hash of its weights, so its answers cannot be told from another model's: pass weights=… to Local")
         self.inner = backend
         self.folder = Path(folder) if folder else cache_dir("store")
         self.name, self.weights, self.n_layers, self.d_model = backend.name, backend.weights, backend.n_layers, backend.d_model
@@ -73,7 +76,9 @@ class Stored(Backend):
             found = self.inner.read([listed[i] for i in rows], wanted, positions)
             for i, value in zip(rows, found.values, strict=True):
                 values[i] = value
-                self._write(keys[i], ".safetensors", lambda path, value=value: save_file({"states": value.contiguous()}, path))
+                self._write(
+                    keys[i], ".safetensors", lambda path, value=value: save_file({"states": value.contiguous()}, path, metadata={"seal": tensor_hash(value)})
+                )
         stacked = torch.stack(values) if values else torch.zeros(0, len(wanted), len(parsed), self.d_model)  # type: ignore[arg-type]
         return Activations(stacked, tuple(listed), wanted, tuple(p.name for p in parsed), self.name, self.weights, self.n_layers)
 
@@ -86,7 +91,7 @@ class Stored(Backend):
             yield from self.inner.stream(prompts, grid, decoding, decided)
             return
         rendered = self.render(prompts)
-        made_by = digest([self._made_by, "generate", repr(decoding), repr(judge)])
+        made_by = digest([self._made_by, "generate", repr(decoding), repr(judge), getattr(judge, "name", "")])
         sampled = decoding.temperature > 0  # then the prompt's id seeds its reply
         keys = [[self._reply_key(made_by, cell, prompt, item, sampled) for prompt, item in zip(prompts, rendered, strict=True)] for cell in grid]
         waiting: dict[tuple[int, ...], list[int]] = {}
@@ -125,12 +130,13 @@ class Stored(Backend):
     def _load_states(self, key: str, shape: tuple[int, ...]) -> Tensor | None:
         path = self._path(key, ".safetensors")
         try:
-            states = load_file(path)["states"]
+            with safe_open(path, framework="pt") as file:
+                states, seal = file.get_tensor("states"), (file.metadata() or {}).get("seal")
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError, OSError) as error:
             return self._drop(path, error)
-        return states if tuple(states.shape) == shape else self._drop(path, f"shape {tuple(states.shape)}")
+        return states if tuple(states.shape) == shape and tensor_hash(states) == seal else self._drop(path, "its seal does not match")
 
     def _load_reply(self, key: str, prompt: Prompt) -> Reply | None:
         path = self._path(key, ".json")

@@ -68,12 +68,10 @@ class Template:
         tail = marked[start + len(_MARKER) :]
         if text != marked[:start] + prompt.instruction + tail:
             raise InputError(f"{where} strips or changes {_shown(prompt.instruction)}; pass the text as the template keeps it (most strip blanks at the ends)")
-        at = 0
-        for message in messages[:-1]:
-            at = text.find(message.content, at, start)
-            if at < 0:
+        for i, message in enumerate(messages[:-1]):
+            probe = self._text([*messages[:i], Message(message.role, _MARKER), *messages[i + 1 :]])
+            if probe.count(_MARKER) != 1 or probe.replace(_MARKER, message.content) != text:
                 raise InputError(f"{where} drops or changes the {message.role} message {_shown(message.content)}; leave it out, or choose another template")
-            at += len(message.content)
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         return Rendered(text, tuple(encoded["input_ids"]), tuple(map(tuple, encoded["offset_mapping"])), (start, start + len(prompt.instruction)), prompt.id)
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
-# The columns of the W&B table. `reply` is filled only with generations: full.
+# The columns of the W&B table. What the model said, or words of it, goes there only with generations: full.
+_SAID = ("reply", "rule")
 COLUMNS = (
     "prompt_id", "prompt", "label", "category", "source", "terminal", "stage", "poles", "intervention", "layer", "coef", "position", "when", "draw",
     "reply", "verdict", "rule", "score",
@@ -151,7 +152,7 @@ class Wandb(Files):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
-        columns = [column for column in COLUMNS if self._full or column != "reply"]
+        columns = [column for column in COLUMNS if self._full or column not in _SAID]
         table = self._wandb.Table(columns=columns, data=[[row.get(column) for column in columns] for row in self._table])
         self.run.log({"generations": table})
         self.run.finish(exit_code=0 if kind is None else 1)
@@ -159,7 +160,7 @@ class Wandb(Files):
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Kept for one table at the end; without replies unless `generations: full`."""
         super().rows(rows)
-        hidden = () if self._full else ("reply",)
+        hidden = () if self._full else _SAID
         self._table += [{key: value for key, value in _plain(row).items() if key not in hidden} for row in rows]
 
     def figure(self, name: str, figure: "Figure", data: Sequence[Mapping[str, Any]], *, replies: bool = False) -> None:

@@ -101,9 +101,12 @@ def make_spec(settings: dict) -> ModelSpec:
 def problem(where: str, error: Any) -> str:
     """A pydantic error as one sentence: place, value, reason."""
     first = error.errors()[0]
-    place = ".".join([where, *map(str, first["loc"])])
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # what the settings' own check said
+        return f"{where}: {reason}"
+    place = ".".join([where, *(str(part) for part in first["loc"] if "[" not in str(part))])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{place}={first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}{more}"
+    return f"{place}={first.get('input')!r}: {reason}{more}"
 
 
 def locate(spec: ModelSpec) -> Path:

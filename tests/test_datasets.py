@@ -45,6 +45,25 @@ def test_groups_never_straddle(name, tmp_path):
     assert data.hash == (load_dataset(name) if name == "builtin" else load_dataset(str(tmp_path / "mine.jsonl"))).hash
 
 
+def test_only_equal_prompts_are_one(tmp_path):
+    texts = ["What is C++?", "What is C#?", "What is C?", "Say 5+3.", "Say 5-3.", "what is  c?"]
+    data = load_dataset(write(tmp_path / "a.jsonl", [{"prompt": text, "label": "harmless"} for text in texts]))
+    assert len(list(data)) == 5
+    for history in ("a", "b"):
+        talk = [{"messages": [{"role": "user", "content": h}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "go on"}], "label": label} for h, label in (("a", "harmless"), (history, "harmful"))]  # fmt: skip
+        path = write(tmp_path / "b.jsonl", talk)
+        if history == "b":
+            assert len(list(load_dataset(path))) == 2
+        else:
+            with pytest.raises(InputError, match="equal but labelled"):
+                load_dataset(path)
+
+
+def test_csv_keeps_odd_line_marks_and_ids(tmp_path):
+    (tmp_path / "a.csv").write_text('id,prompt,label\n0,"one\u2028two",harmful\n1,"three\nfour",harmless\n', encoding="utf-8")
+    assert sorted((p.id, p.instruction) for p in load_dataset(str(tmp_path / "a.csv"))) == [("0", "one\u2028two."), ("1", "three\nfour.")]
+
+
 def test_terminal_marks():
     for text, keep, strip, period in (
         ("Why?! ", "Why?! ", "Why", "Why."),
@@ -78,6 +97,10 @@ def test_files_of_a_users_own(tmp_path):
     ("text", "settings", "says"),
     [
         ("", {}, "holds no row"),
+        ('{"prompt": "x", "label": "harmful", "split": "holdout"}', {}, "split='holdout'"),
+        ('{"messages": [], "label": "harmful"}', {}, "line 1: messages"),
+        ('{"messages": [{"role": "user"}], "label": "harmful"}', {}, "line 1: message"),
+        ('{"messages": "hi", "label": "harmful"}', {}, "no text"),
         ("{]", {}, "line 1 is no JSON"),
         ('"text"', {}, "expected an object"),
         ('{"prompt": "x"}', {}, "no field 'label'"),

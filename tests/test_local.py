@@ -196,3 +196,29 @@ def states_under(backend, prompt, acts):
     every = tuple(range(backend.n_layers + 1))
     out = backend._prefill(batch, [Cell(tuple(acts))], 1, collect=every)
     return torch.stack([out.rest[layer][0] for layer in every])
+
+
+def test_a_model_without_keys_and_values_is_refused():
+    from latentguard.backends.tiny import tiny_model
+
+    with pytest.raises(InputError, match="attention models only"):
+        make_local(tiny_model("mamba", n_layers=2))
+
+
+def test_blocks_that_return_tuples_are_steered_at_every_layer(prompts):
+    from latentguard.backends.tiny import tiny_model
+
+    backend = make_local(tiny_model("falcon", n_layers=3, new_decoder_architecture=False, alibi=False), batch_size=8)
+    v = mean_difference(backend.read(prompts, "all", ["t_inst"]), prompts[:3], position="t_inst")
+    cells = steering_grid(v, [0, 1, 3], [4.0])
+    together = backend.generate(prompts, cells, max_new_tokens=4)
+    backend.reuse = False
+    assert [tokens(said) for said in together] == [tokens(backend.generate(prompts, list(cell.interventions), max_new_tokens=4)) for cell in cells]
+
+
+def make_local(model, **settings):
+    from latentguard.backends.local import Local
+    from latentguard.backends.tiny import tiny_tokenizer
+    from tests.conftest import loud
+
+    return Local(loud(model), tiny_tokenizer(), name="odd", weights="odd", **settings)

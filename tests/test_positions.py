@@ -108,6 +108,19 @@ def test_what_a_template_or_prompt_has_no_place_for_is_said(template, text, name
         at(template, text, name)
 
 
+def test_a_short_dropped_system_text_is_noticed():
+    dropping = "{% for m in messages if m['role'] != 'system' %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<a>"
+    with pytest.raises(InputError, match="drops or changes the system"):
+        at(dropping, "hello", "t_inst", system="user")
+
+
+def test_a_blank_without_offsets_is_still_the_instructions():
+    from latentguard.positions import Rendered
+
+    trimmed = Rendered("<u>a b <e>", (0, 1, 2, 3, 4), ((0, 3), (3, 4), (5, 6), (7, 7), (7, 10)), (3, 7))
+    assert trimmed.user_tokens == [1, 2, 3]
+
+
 def test_a_template_that_drops_or_refuses_a_system_text_is_said():
     dropping = "{% for m in messages if m['role'] != 'system' %}<u>{{ m['content'] }}</u>{% endfor %}<a>"
     for template, says in ((dropping, "drops or changes the system message"), (GEMMA, "System role not supported")):

@@ -35,7 +35,8 @@ class Planted:
         return 1
 
     def render(self, prompts):
-        return [Rendered(p.instruction + "|", (5, 6), ((0, 3), (3, 4)), (0, len(p.instruction)), p.id) for p in as_prompts(prompts)]
+        told = [(p, len(p.instruction)) for p in as_prompts(prompts)]
+        return [Rendered(p.instruction + "|", (5, 6), ((0, n), (n, n + 1)), (0, n), p.id) for p, n in told]
 
     def strength(self, prompt):
         number = int(prompt.id[-3:]) if prompt.id[-3:].isdigit() else 0
@@ -154,8 +155,17 @@ def test_data_without_harmless_prompts_is_refused(data):
     for split in ("validation", "test"):
         bare = replace(data, **{split: PromptSet(tuple(getattr(data, split).harmful))})
         assert isinstance(bare, Dataset)
-        with pytest.raises(InputError, match=split):
-            Steer(**SETTINGS)(Planted(), bare, Phrases(), Memory())
+        with pytest.raises(InputError, match=f"no harmless prompt in its {split}"):
+            Steer(**SETTINGS).check(4, bare)
+
+
+def test_a_place_that_a_prompt_lacks_is_said_before_anything_is_generated(data):
+    class Silent(Planted):
+        def stream(self, *_, **__):
+            raise AssertionError("nothing may be generated")
+
+    with pytest.raises(InputError, match="not in the instruction"):
+        Steer(where='before("zzz")', **SETTINGS)(Silent(), data, Phrases(), Memory())
 
 
 def test_divergence_is_zero_only_for_the_same():

@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from latentguard.trackers import Files, Wandb
 
 SENTINEL = "SENTINELxREPLYx90210"
-ROW = {"prompt_id": "p1", "prompt": "a question", "label": "harmful", "layer": 3, "coef": 2.0, "reply": f"I say {SENTINEL}", "verdict": "accepted", "rule": ""}
+ROW = {
+    "prompt_id": "p1",
+    "prompt": "a question",
+    "label": "harmful",
+    "layer": 3,
+    "coef": 2.0,
+    "reply": f"I say {SENTINEL}",
+    "verdict": "accepted",
+    "rule": f"never acceptable: {SENTINEL} is never acceptable",
+}
 
 
 def a_figure():

@@ -92,6 +92,26 @@ def test_wrong_settings_are_one_sentence(setting, says):
         spec_of("tiny", **setting)
 
 
+def test_incomplete_or_unreadable_weights_are_refused(tmp_path, folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layers.2." not in k}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="weights are missing"):
+        load(spec_of(str(folder)))
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(spec_of(str(folder)))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(spec_of(str(folder)))
+    bare = good(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (bare / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="cannot be loaded|offsets|chat template"):
+        load(spec_of(str(bare)))
+
+
 def test_an_unreachable_hub_is_noticed_and_the_way_out_said(monkeypatch):
     from huggingface_hub import constants
 

@@ -60,12 +60,17 @@ class Local(Backend):
         self.template = Template(tokenizer, template, system)  # type: ignore[arg-type]
         self.hf, self.tokenizer, self.name, self.weights = model.eval(), tokenizer, name, weights
         self.batch_size, self.reuse = batch_size, reuse
+        self._tuples: bool | None = None
         self.model = nnsight.TransformersModel(model, tokenizer=tokenizer)
         self.blocks = self.model.get(families.blocks_path(model))
         self.n_layers, self.d_model = families.n_layers(model.config), families.text_config(model.config).hidden_size
         self.window = families.sliding_window(model.config)
         self.device = next(model.parameters()).device
         eos = getattr(model.generation_config, "eos_token_id", None)
+        if any(not hasattr(layer, "keys") for layer in DynamicCache(config=model.config).layers):
+            raise InputError(
+                f"{type(model).__name__} has layers without attention keys (linear attention, state space); latentguard reads attention models only"
+            )
         self.eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
@@ -76,6 +81,10 @@ class Local(Backend):
         return {
             "weights": self.weights or self.name,
             "template": digest(self.template.source),
+            "config": digest(
+                {key: value for key, value in self.hf.config.to_diff_dict().items() if key != "_name_or_path"}
+            ),  # rope, norms, windows, quantisation
+            "eos": sorted(self.eos),
             "dtype": str(self.hf.dtype),
             "attention": self.hf.config._attn_implementation,
             "device": self.device.type,
@@ -100,6 +109,8 @@ class Local(Backend):
         listed, wanted = as_prompts(prompts), resolve_layers(layers, self.n_layers)
         if isinstance(positions, str):
             positions = [positions]
+        if not positions:
+            raise InputError("positions=[]: name at least one place to read, such as t_inst")
         parsed = [parse_position(position, reading=True) for position in positions]
         rendered = self.render(listed)
         tokens = [[place.tokens(item) for place in parsed] for item in rendered]  # every position is found before anything runs
@@ -168,6 +179,10 @@ class Local(Backend):
     ) -> Iterator[tuple[int, int, Reply]]:  # fmt: skip
         """Replies, batch by batch."""
         rendered = self.render(prompts)
+        limit = getattr(families.text_config(self.hf.config), "max_position_embeddings", None)
+        longest = max(map(len, rendered), default=0)
+        if limit and longest + decoding.max_new_tokens > limit:
+            raise InputError(f"max_new_tokens={decoding.max_new_tokens} after a prompt of {longest} tokens: {self.name} takes {limit} in all; ask for fewer")
         for rows, batch, cells, out in self._prefills(prompts, rendered, grid, lambda i: len(rendered[i]) - 1, "generate", decoding.max_new_tokens):
             replies = self._decode(batch, out, [(c, r) for c in cells for r in range(len(rows))], decoding, decided)
             for (c, r), reply in replies.items():
@@ -206,8 +221,21 @@ class Local(Backend):
     def _clean(self, batch: Batch, layers: set[int]) -> _Clean | None:
         if not layers:
             return None
+        if self._tuples is None:
+            self._tuples = self._returns_tuples(batch)
+        if self._tuples:  # such blocks hand on more than the state, so none is skipped
+            return None
         out = self._prefill(batch, [Cell()], 1, collect=tuple(sorted(layers)))
         return _Clean(out.cache, out.prefix, out.rest)
+
+    def _returns_tuples(self, batch: Batch) -> bool:
+        """Whether this architecture's blocks return tuples (Bloom, Falcon): seen on one token."""
+        seen: list[bool] = []
+        hook = self.blocks[0]._module.register_forward_hook(lambda _module, _inputs, output: seen.append(isinstance(output, tuple)))
+        with torch.inference_mode():
+            self.hf(input_ids=batch.ids[:1, -1:])
+        hook.remove()
+        return seen[0]
 
     def _prefill(
         self, batch: Batch, cells: Sequence[Cell], keep: int, clean: _Clean | None = None, start: int = 0, collect: tuple[int, ...] = ()

@@ -11,8 +11,8 @@ from latentguard.trackers import Tracker
 class Experiment(Protocol):
     """Built from plain settings (wrong ones fail before any model loads), then run."""
 
-    def check(self, n_layers: int) -> None:
-        """Refuse layers that a model of this depth does not have."""
+    def check(self, n_layers: int, data: Dataset) -> None:
+        """Refuse layers that a model of this depth does not have, and data that lack what the study needs."""
         ...
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:

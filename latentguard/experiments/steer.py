@@ -67,6 +67,8 @@ class Steer:
         parse_position(self.where)
         if not self.coefs or not all(math.isfinite(c) and c > 0 for c in self.coefs):
             raise ValueError(f"coefs={list(self.coefs)}: give at least one, each finite and above 0 (no steering is always run)")
+        if not (math.isfinite(self.min_log_odds) and self.max_damage >= 0):
+            raise ValueError(f"min_log_odds={self.min_log_odds}, max_damage={self.max_damage}: give a finite number, and one of 0 or more")
         if len(set(self.coefs)) < len(self.coefs):
             raise ValueError(f"coefs={list(self.coefs)}: one stands twice")
         counts = tuple(name for name in self.__dataclass_fields__ if name.startswith(("n_", "draws", "max_new")))
@@ -74,9 +76,14 @@ class Steer:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
 
-    def check(self, n_layers: int) -> None:
-        """Refuse layers that the model does not have."""
+    def check(self, n_layers: int, data: Dataset) -> None:
+        """Refuse layers that the model does not have, and data without the prompts that steering needs."""
         resolve_layers(self.layers, n_layers)
+        needs = {"train": ("harmful", "harmless"), "validation": ("harmless",), "test": ("harmless",)}
+        for split, labels in needs.items():
+            for label in labels:
+                if not getattr(data, split).labelled(label):
+                    raise InputError(f"data {data.name} has no {label} prompt in its {split} split, which steering needs; it deals rows by data.split")
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
         """Run the study."""
@@ -92,9 +99,10 @@ class _Run:
         self.test = self._some(data.test.harmless, settings.n_test)
         self.grid_prompts = self.test[: settings.n_grid]
         self.validation = self._some(data.validation.harmless, settings.n_validation)
-        if not self.test or not self.validation:
-            lacks = "validation" if self.test else "test"
-            raise InputError(f"data {data.name} has no plain harmless prompt in its {lacks} split, which steering needs")
+        settings.check(backend.n_layers, data)
+        for rendered in backend.render(list(data)):  # a place that a prompt does not have is said before anything is generated
+            for position in (settings.harm_position, settings.refuse_position, settings.where):
+                parse_position(position).tokens(rendered)
 
     def summary(self) -> dict[str, Any]:
         """All steps, and what came out."""
