@@ -5,6 +5,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +39,7 @@ def load(spec: ModelSpec, *, batch_size: int = 192) -> Local:
         raise InputError(f"model {spec.name} has {families.n_layers(config)} layers, its config says n_layers={spec.n_layers}: correct the config")
     device = spec.device_map or ("cuda" if torch.cuda.is_available() else "cpu")
     with _readable(spec):
-        model, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype_of(spec.dtype),
             device_map=device,
@@ -48,6 +49,7 @@ def load(spec: ModelSpec, *, batch_size: int = 192) -> Local:
             quantization_config=_quantization(spec.quantization),
             output_loading_info=True,
         )
+    model, told = loaded
     if wrong := sorted([*told["missing_keys"], *(str(key) for key in told["mismatched_keys"])]):
         raise InputError(
             f"{spec.id or folder}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}: its files are incomplete or no causal language model"
