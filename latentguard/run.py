@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _state = {"started": False}
+HELP = """\
+latentguard: what a language model's hidden states know of harm, separately from whether it refuses
+
+Choose one option of each group (group=option), or change any setting (group.key=value):
+
+{groups}
+
+Three commands that work:
+
+  python -m latentguard.run                                          the main job, on a small real model
+  python -m latentguard.run model=llama3 exp=steer_refusal           one of the paper's models
+  python -m latentguard.run -m model=llama2,llama3,qwen2 exp=steer_harm,steer_refusal
+                                                                     six jobs, each model loaded once
+Your own:   model.id=ORG/NAME or /a/folder    data=file data.path=prompts.jsonl
+To look:    --cfg job (all settings)    --info defaults    latentguard --shell-completion install=bash
+Results:    runs/<time>_<exp>_<model>/ : summary.json, rows.jsonl, figures/, directions/, run.log
+Exit codes: 0 done, 1 failed, 2 bad input (said in one sentence), 130 interrupted (what was computed is kept)
+"""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -189,6 +207,10 @@ def _shown(path: Path) -> Path:
 
 def main() -> None:
     """`python -m latentguard.run` and the console script `latentguard`."""
+    if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own help reads every option of every group, and takes over a second
+        groups = "\n".join(f"  {group}: {', '.join(options(group))}" for group in ("model", "data", "exp", "judge", "tracker", "backend"))
+        print(HELP.format(groups=groups))
+        return
     try:
         _hydra_main()  # pyright: ignore[reportCallIssue]  (Hydra supplies the config)
     except SystemExit as end:
