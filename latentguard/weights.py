@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import zipfile
-from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +63,6 @@ class ModelSpec:
     gated: bool = False
     without_hub: str | None = None
     card: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def spec_of(name: str, /, **changed: Any) -> ModelSpec:

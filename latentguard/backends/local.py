@@ -65,6 +65,7 @@ class Local(Backend):
         self.blocks = self.model.get(families.blocks_path(model))
         self.n_layers, self.d_model = families.n_layers(model.config), families.text_config(model.config).hidden_size
         self.window = families.sliding_window(model.config)
+        self.limit = getattr(families.text_config(model.config), "max_position_embeddings", None)
         self.device = next(model.parameters()).device
         eos = getattr(model.generation_config, "eos_token_id", None)
         if any(not hasattr(layer, "keys") for layer in DynamicCache(config=model.config).layers):
@@ -93,11 +94,10 @@ class Local(Backend):
 
     def render(self, prompts: object) -> list[Rendered]:
         """The prompts as text, token ids, offsets and instruction span."""
-        limit = getattr(families.text_config(self.hf.config), "max_position_embeddings", None)
         rendered = [self.template.render(prompt) for prompt in as_prompts(prompts)]
         for item in rendered:
-            if limit and len(item) > limit:
-                raise InputError(f"prompt {item.prompt_id}: {len(item)} tokens, but {self.name} takes at most {limit}; shorten it")
+            if self.limit and len(item) > self.limit:
+                raise InputError(f"prompt {item.prompt_id}: {len(item)} tokens, but {self.name} takes at most {self.limit}; shorten it")
         return rendered
 
     def first_token(self, text: str) -> int:
@@ -179,10 +179,11 @@ class Local(Backend):
     ) -> Iterator[tuple[int, int, Reply]]:  # fmt: skip
         """Replies, batch by batch."""
         rendered = self.render(prompts)
-        limit = getattr(families.text_config(self.hf.config), "max_position_embeddings", None)
         longest = max(map(len, rendered), default=0)
-        if limit and longest + decoding.max_new_tokens > limit:
-            raise InputError(f"max_new_tokens={decoding.max_new_tokens} after a prompt of {longest} tokens: {self.name} takes {limit} in all; ask for fewer")
+        if self.limit and longest + decoding.max_new_tokens > self.limit:
+            raise InputError(
+                f"max_new_tokens={decoding.max_new_tokens} after a prompt of {longest} tokens: {self.name} takes {self.limit} in all; ask for fewer"
+            )
         for rows, batch, cells, out in self._prefills(prompts, rendered, grid, lambda i: len(rendered[i]) - 1, "generate", decoding.max_new_tokens):
             replies = self._decode(batch, out, [(c, r) for c in cells for r in range(len(rows))], decoding, decided)
             for (c, r), reply in replies.items():

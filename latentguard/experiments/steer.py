@@ -110,11 +110,12 @@ class _Run:
         withheld = trained.gate(True, "refused") or trained.gate(False, "accepted")
         poles = "label" if withheld else "behaviour"
         harm, refuse = self.directions = self._directions(trained, poles)
+        self.main = harm if self.set.direction == "harm" else refuse
         for direction in self.directions:
             self.tracker.direction(direction)
         baseline = self._baseline()
-        scored = {d.name: self._validate(d, trained.refusal_tokens(self.backend)) for d in self.directions}
-        chosen = {name: self._choose(rows) for name, rows in scored.items()}
+        tokens = trained.refusal_tokens(self.backend)
+        chosen = {d.name: self._choose(self._validate(d, tokens)) for d in self.directions}
         for name, at in chosen.items():
             log.info(
                 "validation: + %s at layer %s, coefficient %g: log-odds of refusal %.2f, damage %.2f",
@@ -144,7 +145,7 @@ class _Run:
             "cosine_harm_refuse": {str(layer): cosine(harm, refuse, layer) for layer in self.layers},
             "grid": grid,
         }
-        self._draw(grid, baseline["harmless"], reported, chosen, withheld)
+        self._draw(grid, baseline["harmless"], chosen, withheld)
         summary["claim"] = self._claim(summary, withheld)
         return summary
 
@@ -225,14 +226,13 @@ class _Run:
 
     def _grid(self, poles: str) -> list[Row]:
         """Refusal rates at every layer × coefficient: both directions and random ones of the study's norm."""
-        main = self.directions[0 if self.set.direction == "harm" else 1]
         cells = [*self._steering(self.directions[0]), *self._steering(self.directions[1])]
-        drawn = [cell for draw in range(self.set.draws) for cell in self._steering(random_like(main, self.set.seed + draw), draw=draw)]
+        drawn = [cell for draw in range(self.set.draws) for cell in self._steering(random_like(self.main, self.set.seed + draw), draw=draw)]
         found = self._run(cells, self.grid_prompts, "grid", poles) + self._run(drawn, self.grid_prompts[: self.set.n_draw], "grid", poles)
         merged: dict[tuple, list[Verdict]] = {}
         for cell, verdicts in zip([*cells, *drawn], found, strict=True):
             merged.setdefault((cell.tags["intervention"], cell.tags["layer"], cell.tags["coef"]), []).extend(verdicts)
-        doses = {d.name: d for d in self.directions} | {"random": main}
+        doses = {d.name: d for d in self.directions} | {"random": self.main}
         return [
             {"direction": name, "layer": layer, "coef": coef, "dose": doses[name].dose(layer, coef), **counted(verdicts)}
             for (name, layer, coef), verdicts in merged.items()
@@ -244,9 +244,8 @@ class _Run:
 
     def _control(self, at: Row, poles: str) -> Row:
         """Random directions of equal norm at the validated cell: pooled, and the range over draws."""
-        main = self.directions[0 if self.set.direction == "harm" else 1]
         seeds = range(self.set.seed, self.set.seed + self.set.draws_reported)
-        cells = [cell for seed in seeds for cell in self._steering(random_like(main, seed), at, draw=seed - self.set.seed)]
+        cells = [cell for seed in seeds for cell in self._steering(random_like(self.main, seed), at, draw=seed - self.set.seed)]
         draws = self._run(cells, self.test[: self.set.n_control], "control", poles)
         rates = [rate([v.label == "refused" for v in verdicts]).rate for verdicts in draws]
         return {**counted([v for verdicts in draws for v in verdicts]), "draws": len(draws), "lowest_draw": min(rates), "highest_draw": max(rates)}
@@ -266,7 +265,7 @@ class _Run:
             self.tracker.rows([row])
         return [[replies[i] for i in range(len(prompts))] for replies in found]
 
-    def _draw(self, grid: list[Row], baseline: list[Verdict], reported: dict, chosen: dict[str, Row], withheld: str) -> None:
+    def _draw(self, grid: list[Row], baseline: list[Verdict], chosen: dict[str, Row], withheld: str) -> None:
         base = counted(baseline)
         caveat = " · poles by label" if withheld else ""
         title = f"{self.backend.name}: steering harmless requests ({self.set.when}){caveat}"
@@ -285,8 +284,9 @@ class _Run:
     def _side_by_side(self, chosen: dict[str, Row]) -> list[Row]:
         """Ten test prompts with whole replies; more tokens than the rates are counted from, so that one can read them."""
         prompts = self.test[:10]
-        main = self.directions[0 if self.set.direction == "harm" else 1]
-        grids = [self._steering(d, chosen[d.name]) for d in self.directions] + [self._steering(random_like(main, self.set.seed), chosen[self.set.direction])]
+        grids = [self._steering(d, chosen[d.name]) for d in self.directions] + [
+            self._steering(random_like(self.main, self.set.seed), chosen[self.set.direction])
+        ]
         names = ["none", "harm", "refuse", "random"]
         cells = (Cell(tags={"intervention": "none"}), *(cell for grid in grids for cell in grid))
         said = self.backend.generate(prompts, Grid(cells), max_new_tokens=max(24, self.set.max_new_tokens))
