@@ -12,9 +12,25 @@ PACKAGE = REPO / "latentguard"
 LEVELS = {
     4: {"run", "sweeps"},
     3: {"experiments"},
-    2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "report"},
+    2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "report"},
     1: {"backends", "families", "weights", "templates"},
-    0: {"prompts", "positions", "interventions", "directions", "metrics", "plots", "trackers", "errors", "layers", "caches", "configs"},
+    0: {
+        "prompts",
+        "positions",
+        "interventions",
+        "published",
+        "pages",
+        "tensorfiles",
+        "exchange",
+        "directions",
+        "metrics",
+        "plots",
+        "trackers",
+        "errors",
+        "layers",
+        "caches",
+        "configs",
+    },
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 ONLY_IN = {
