@@ -1,21 +1,12 @@
-"""One function a figure; each takes rows of plain numbers and returns a matplotlib Figure. Knows no experiment.
-
-Colours are the Okabe-Ito set, told apart by the colour-blind; every line has its own marker, every rate its interval.
-"""
+"""Figures of steering: refusal by layer and coefficient, replies side by side. Knows no experiment."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 
-Rows = Sequence[Mapping[str, Any]]
-STYLE = {
-    "none": ("#555555", "", "--", "no steering"),
-    "harm": ("#D55E00", "o", "-", "+ harmfulness (at t_inst)"),
-    "refuse": ("#0072B2", "s", "-", "+ refusal (at t_post_inst)"),
-    "random": ("#009E73", "^", ":", "+ random, equal norm"),
-}
+from latentguard.plots.style import STYLE, Rows, figure_of, legend_below
 
 
 def refusal_by_layer(rows: Rows, baseline: Mapping[str, Any], *, title: str, depth: int) -> Figure:
@@ -23,25 +14,25 @@ def refusal_by_layer(rows: Rows, baseline: Mapping[str, Any], *, title: str, dep
     coefficient. Rows: direction, layer, coef, rate, low, high, n.
     """
     coefs = sorted({row["coef"] for row in rows})
-    figure = _figure(4.6 * len(coefs) + 0.6, 4.6)
+    figure = figure_of(4.6 * len(coefs) + 0.6, 4.6)
     axes = figure.subplots(1, len(coefs), sharey=True, squeeze=False)[0]
     for axis, coef in zip(axes, coefs, strict=True):
         _lines(axis, [row for row in rows if row["coef"] == coef], "layer", baseline)
         axis.set(xlabel=f"layer steered (of {depth})", title=f"coefficient {coef:g}", ylim=(-0.03, 1.03))
         axis.set_xticks(sorted({row["layer"] for row in rows}))
     axes[0].set_ylabel("refusal rate, harmless prompts")
-    return _legend(figure, axes[0], title)
+    return legend_below(figure, axes[0], title)
 
 
 def refusal_by_coefficient(rows: Rows, baseline: Mapping[str, Any], *, title: str) -> Figure:
     """Refusal rate by coefficient at one layer a direction. Rows as above."""
-    figure = _figure(6.4, 4.6)
+    figure = figure_of(6.4, 4.6)
     axis = figure.subplots()
     start = [{**baseline, "direction": name, "coef": 0.0} for name in dict.fromkeys(row["direction"] for row in rows)]
     _lines(axis, [*start, *rows], "coef", baseline)
     axis.set(xlabel="coefficient (× raw difference of means)", ylabel="refusal rate, harmless prompts", ylim=(-0.03, 1.03))
     axis.set_xticks(sorted({0.0, *(row["coef"] for row in rows)}))
-    return _legend(figure, axis, title)
+    return legend_below(figure, axis, title)
 
 
 def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) -> Figure:
@@ -52,7 +43,7 @@ def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) 
     heights = [max(cell.count("\n") + 1 for cell in line) for line in cells]
     total = sum(heights) + 0.9 * len(heights) + 3
     width = 3.1 * (1 + len(columns))
-    figure = _figure(width, 0.155 * total + 0.7)
+    figure = figure_of(width, 0.155 * total + 0.7)
     axis = figure.subplots()
     axis.set(xlim=(0, 1 + len(columns)), ylim=(total, 0))
     axis.axis("off")
@@ -71,10 +62,6 @@ def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) 
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _lines(axis: Any, rows: Rows, x: str, baseline: Mapping[str, Any]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     colour, _, dashes, name = STYLE["none"]
@@ -88,13 +75,6 @@ def _lines(axis: Any, rows: Rows, x: str, baseline: Mapping[str, Any]) -> None:
         at = [row[x] for row in line]
         axis.plot(at, [row["rate"] for row in line], color=colour, marker=marker, linestyle=dashes, label=f"{name} ({count})")
         axis.fill_between(at, [row["low"] for row in line], [row["high"] for row in line], color=colour, alpha=0.15, linewidth=0)
-
-
-def _legend(figure: Figure, axis: Any, title: str) -> Figure:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10.5)
-    return figure
 
 
 def _shown(text: str, width: int) -> str:
