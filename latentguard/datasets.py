@@ -27,6 +27,13 @@ from latentguard.weights import hub_reachable, problem
 log = logging.getLogger(__name__)
 BUILTIN = Path(__file__).parent / "data" / "builtin.jsonl"
 SPLITS = ("train", "validation", "test")
+# What the four roles of the paper (App. B) may be filled with where a data set names no sets for them.
+ROLES = {
+    "refused_harmful": ("harmful",),
+    "accepted_harmful": ("harmful",),
+    "accepted_harmless": ("harmless",),
+    "refused_harmless": ("lookalike", "harmless"),
+}
 _HARMFUL = {"harmful", "unsafe", "noncompliance_expected", "1", "true"}
 _HARMLESS = {"harmless", "safe", "benign", "compliance_expected", "lookalike", "0", "false"}
 
@@ -75,9 +82,46 @@ class Dataset:
     validation: PromptSet
     test: PromptSet
     card: dict = field(default_factory=dict)
+    spec: "DataSpec | None" = None
+    _beside: dict = field(default_factory=dict, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Prompt]:
         return iter((*self.train, *self.validation, *self.test))
+
+    def role(self, role: str, *splits: str) -> list[Prompt]:
+        """Prompts that may fill a role, of all splits or the given ones: from the sets that `data.roles` names for it
+        (some of these, other options, or files: taken from the same mirror, with the same final mark), else by label.
+
+        Raises:
+            InputError: for a role other than the four of the paper for which no set is named.
+        """
+        sets = (self.spec.roles or {}).get(role) if self.spec else None
+        wanted = ROLES.get(role, ("harmful",))
+        if sets is None:
+            if role not in ROLES:
+                raise InputError(f"data {self.name} names no set for the role {role!r}: set data.roles.{role}=[NAME or FILE.jsonl], or data=paper")
+            return [p for split in splits or SPLITS for label in wanted for p in getattr(self, split).labelled(label)]
+        if role in ROLES and wanted != ("harmful",):
+            wanted = ("harmless", "lookalike")
+        found: list[Prompt] = []
+        for name in sets:
+            part = self if name in {p.source for p in self} else self._other(name)
+            found += [p for split in splits or SPLITS for p in getattr(part, split) if p.label in wanted and (part is not self or p.source == name)]
+        return found
+
+    def names(self, role: str) -> bool:
+        """Whether sets are named for a role."""
+        return bool(self.spec and (self.spec.roles or {}).get(role))
+
+    def _other(self, name: str) -> "Dataset":
+        """Another set beside this one."""
+        if name not in self._beside:
+            assert self.spec
+            spec = self.spec
+            self._beside[name] = load_dataset(
+                name, terminal=spec.terminal, split=spec.split, seed=spec.seed, **({"mirror": spec.mirror} if spec.mirror else {})
+            )
+        return self._beside[name]
 
     @property
     def hash(self) -> str:
@@ -109,6 +153,7 @@ class DataSpec:
     gated: bool = False
     sha256: str | None = None
     card: str = ""
+    roles: dict[str, tuple[str, ...] | None] | None = None
 
     def __post_init__(self) -> None:
         if abs(sum(self.split) - 1) > 1e-6 or min(self.split) < 0:
@@ -160,7 +205,7 @@ def load_dataset(name: str | DataSpec, **changed: Any) -> Dataset:
         twice = next(i for i in ids if ids.count(i) > 1)
         raise InputError(f"data {spec.name}: the id {twice!r} stands on two different prompts; make ids unique or leave them out")
     sides = _split(list(prompts.values()), spec)
-    return Dataset(spec.name, *(PromptSet(tuple(sides[split])) for split in SPLITS), card={"terminal": spec.terminal, "sets": cards})
+    return Dataset(spec.name, *(PromptSet(tuple(sides[split])) for split in SPLITS), card={"terminal": spec.terminal, "sets": cards}, spec=spec)
 
 
 def _passed_on(spec: DataSpec) -> dict:

@@ -1,11 +1,15 @@
-"""Rates with intervals and their gates. Numpy only; knows no model, prompt or judge."""
+"""Rates, means, AUROC and correlations, each with its 95% interval. Numpy only; knows no model, prompt or judge."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+
+import numpy as np
 
 Z95 = 1.959963984540054
 MIN_SHARE, MIN_COUNT = 0.15, 30
+DRAWS = 1000  # of every bootstrap
+Numbers = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,106 @@ def wilson(k: int, n: int) -> Rate:
 def rate(hits: Sequence[bool]) -> Rate:
     """The share of True."""
     return wilson(sum(map(bool, hits)), len(hits))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its 95% interval and the n it rests on; NaN where n says nothing."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict:
+        """For summaries."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n})"
+
+
+def mean(values: Numbers) -> Value:
+    """The mean and its bootstrap interval (percentiles of 1,000 resamples, seeded)."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return Value(math.nan, math.nan, math.nan, 0)
+    drawn = values[_resamples(len(values))].mean(1)
+    return Value(float(values.mean()), *_percentiles(drawn), len(values))
+
+
+def clustered_rate(hits: Sequence[Sequence[bool]]) -> Value:
+    """The share of True where each row holds the answers to one prompt (draws, rewrites): prompts are resampled, not
+    answers, so answers to one prompt do not count as independent.
+    """
+    if not hits:
+        return Value(math.nan, math.nan, math.nan, 0)
+    k, n = np.array([sum(row) for row in hits], float), np.array([len(row) for row in hits], float)
+    at = _resamples(len(hits))
+    return Value(float(k.sum() / n.sum()), *_percentiles(k[at].sum(1) / n[at].sum(1)), len(hits))
+
+
+def auroc(positive: Numbers, negative: Numbers) -> Value:
+    """P(a positive scores above a negative), ties counting half (Mann-Whitney), with a bootstrap interval over both sides."""
+    high, low = np.asarray(positive, float), np.asarray(negative, float)
+    if not (len(high) and len(low)):
+        return Value(math.nan, math.nan, math.nan, len(high) + len(low))
+    wins = (high[:, None] > low).astype(np.float32) + np.float32(0.5) * (high[:, None] == low)
+    a, b = _counts(len(high), 0), _counts(len(low), 1)
+    drawn = ((a @ wins) * b).sum(1) / (len(high) * len(low))
+    return Value(float(wins.mean()), *_percentiles(drawn), len(high) + len(low))
+
+
+def tpr_at_fpr(positive: Numbers, negative: Numbers, fpr: float) -> Value:
+    """The share of positives above the lowest threshold that lets through at most `fpr` of the negatives.
+
+    A negative at the threshold itself is not let through. The interval is Wilson's for the positives and takes the
+    threshold as given.
+    """
+    high, low = np.asarray(positive, float), np.sort(np.asarray(negative, float))[::-1]
+    if not (len(high) and len(low)):
+        return Value(math.nan, math.nan, math.nan, len(high))
+    found = wilson(int((high > low[int(math.floor(fpr * len(low)))]).sum()), len(high))
+    return Value(found.rate, found.low, found.high, found.n)
+
+
+def pearson(x: Numbers, y: Numbers) -> Value:
+    """Pearson's r with Fisher's z interval; NaN under four points or without spread."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if len(x) < 4 or x.std() == 0 or y.std() == 0:
+        return Value(math.nan, math.nan, math.nan, len(x))
+    r = float(np.corrcoef(x, y)[0, 1])
+    z, half = math.atanh(max(min(r, 1 - 1e-12), -1 + 1e-12)), Z95 / math.sqrt(len(x) - 3)
+    return Value(r, math.tanh(z - half), math.tanh(z + half), len(x))
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Value:
+    """Rate of `first` − rate of `second` on the same prompts, with a bootstrap interval over prompts."""
+    return mean(np.asarray(first, float) - np.asarray(second, float))
+
+
+def split_half(rows: np.ndarray, compare: Callable[[np.ndarray, np.ndarray], float], seed: int = 0, draws: int = 20) -> float:
+    """Mean of compare(one random half, the other): what a perfect match would score with so few rows."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        order = generator.permutation(len(rows))
+        found.append(compare(rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]))
+    return float(np.mean(found))
+
+
+def _resamples(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, n, (DRAWS, n))
+
+
+def _counts(n: int, seed: int) -> np.ndarray:
+    """How often each of n is drawn in each resample."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS).astype(np.float32)
+
+
+def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def base_rate_gate(count: int, total: int) -> str:

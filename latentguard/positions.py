@@ -7,7 +7,8 @@ The grammar, everything relative to the last user turn ("the instruction"):
     last_word     the token with the last letter or digit of the instruction
     user          every token of the instruction             all           every token of the prompt
     before("…")   every token before that text in the instruction, the template's and system's included
-    mean(P)       the mean over the tokens of P: the only way to *read* user, all and before
+    between("…", "…")   the tokens of the instruction after the one text and before the other
+    mean(P)       the mean over the tokens of P: the only way to *read* user, all, before and between
 """
 
 import re
@@ -17,10 +18,11 @@ from latentguard.errors import InputError
 
 _ATOM = re.compile(
     r"""(?P<inst>t_inst)(?:-(?P<back>\d+))?$|(?P<last>t_post_inst)$|post\((?P<post>\d+)\)$|(?P<word>last_word)$"""
-    r"""|(?P<user>user)$|(?P<all>all)$|before\((?P<quote>["'])(?P<before>.+)(?P=quote)\)$""",
+    r"""|(?P<user>user)$|(?P<all>all)$|before\((?P<quote>["'])(?P<before>.+)(?P=quote)\)$"""
+    r"""|between\((?P<q1>["'])(?P<after>.+?)(?P=q1)\s*,\s*(?P<q2>["'])(?P<until>.+)(?P=q2)\)$""",
     re.DOTALL,
 )
-GRAMMAR = 't_inst, t_inst-1, t_post_inst, post(1), last_word, user, all, before("text"), mean(user)'
+GRAMMAR = 't_inst, t_inst-1, t_post_inst, post(1), last_word, user, all, before("text"), between("text", "text"), mean(user)'
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,14 @@ class Position:
             if not letters:
                 raise InputError(f"{self._at(rendered)}: the instruction has no letter or digit")
             return [max(i for i in user if rendered.offsets[i][0] <= letters[-1])]
+        if found["after"]:
+            start, end = rendered.text.find(found["after"], *rendered.user), rendered.text.rfind(found["until"], *rendered.user)
+            if start < 0 or end < start + len(found["after"]):
+                raise InputError(f"{self._at(rendered)}: these two texts do not stand in the instruction in this order")
+            inside = [i for i, (a, b) in enumerate(rendered.offsets) if start + len(found["after"]) <= a < b <= end]
+            if not inside:
+                raise InputError(f"{self._at(rendered)}: no token lies wholly between these texts")
+            return inside
         at = rendered.text.rfind(found["before"], *rendered.user)
         if at < 0:
             raise InputError(f"{self._at(rendered)}: that text is not in the instruction")
@@ -124,6 +134,6 @@ def parse_position(name: "str | Position", *, reading: bool = False) -> Position
     found = _ATOM.match(atom)
     if not found or found["post"] == "0":
         raise InputError(f"position {name!r}: give one of {GRAMMAR}")
-    if reading and not mean and (found["user"] or found["all"] or found["before"]):
+    if reading and not mean and (found["user"] or found["all"] or found["before"] or found["after"]):
         raise InputError(f"position {name!r} is many tokens: to read one vector write mean({atom}), or name a token such as t_inst")
     return Position(text, atom, mean)

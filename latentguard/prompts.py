@@ -29,7 +29,8 @@ class Prompt:
     `harmful` is None where nobody has said. `lookalike` marks a harmless request in harmful-sounding words.
     `group` ties a request to its rewrites and to its matched twin, so that no split tears them apart.
     `exempt` prompts (attack suffixes, live conversations) keep their final mark whatever `terminal` says;
-    `terminal` records what was done.
+    `terminal` records what was done. `suffix=False` ends the rendered prompt with the instruction, without the tokens
+    that the template puts after it (arXiv 2507.11878, §3.1).
     """
 
     messages: tuple[Message, ...]
@@ -41,6 +42,7 @@ class Prompt:
     group: str = ""
     exempt: bool = False
     terminal: str = field(default="keep")
+    suffix: bool = True
 
     def __post_init__(self) -> None:
         if not self.messages or self.messages[-1].role != "user":
@@ -72,6 +74,13 @@ class Prompt:
     def with_instruction(self, text: str, **changed: object) -> "Prompt":
         """The same prompt asking `text` instead; id and group stay."""
         return replace(self, messages=(*self.messages[:-1], Message("user", text)), **changed)  # type: ignore[arg-type]
+
+
+def inverted(prompt: Prompt, question: str) -> Prompt:
+    """The request told of somebody else, with a question about it on a line of its own behind: "User wants to …" (arXiv
+    2507.11878, §3.5). It keeps its final mark, since the question ends the message.
+    """
+    return prompt.with_instruction(f"User wants to {prompt.instruction}\n{question}", id=f"{prompt.id}~{digest(question)[:6]}")
 
 
 def set_terminal(prompt: Prompt, terminal: Terminal) -> Prompt:

@@ -63,23 +63,23 @@ class Stored(Backend):
         return self.inner.logits(prompts, interventions, **settings)
 
     def read(self, prompts: object, layers: Layers = "all", positions: Sequence[str] = ("t_inst",)) -> Activations:
-        """As the inner backend reads, one entry a prompt."""
+        """As the inner backend reads, one entry for each prompt and position."""
         positions = [positions] if isinstance(positions, str) else list(positions)
         listed, wanted = as_prompts(prompts), resolve_layers(layers, self.n_layers)
         parsed = [parse_position(position, reading=True) for position in positions]
         rendered = self.render(listed)
-        keys = [digest([self._made_by, "read", item.ids, wanted, [place.tokens(item) for place in parsed]]) for item in rendered]
-        values: list[Tensor | None] = [self._load_states(key, (len(wanted), len(parsed), self.d_model)) for key in keys]
-        missing = [i for i, value in enumerate(values) if value is None]
+        keys = [[digest([self._made_by, "read", item.ids, wanted, place.tokens(item)]) for place in parsed] for item in rendered]
+        values: list[list[Tensor | None]] = [[self._load_states(key, (len(wanted), self.d_model)) for key in row] for row in keys]
+        lacking = [p for p in range(len(parsed)) if any(row[p] is None for row in values)]
+        missing = [i for i, row in enumerate(values) if any(value is None for value in row)]
         for at in range(0, len(missing), _BLOCK):
             rows = missing[at : at + _BLOCK]
-            found = self.inner.read([listed[i] for i in rows], wanted, positions)
-            for i, value in zip(rows, found.values, strict=True):
-                values[i] = value
-                self._write(
-                    keys[i], ".safetensors", lambda path, value=value: save_file({"states": value.contiguous()}, path, metadata={"seal": tensor_hash(value)})
-                )
-        stacked = torch.stack(values) if values else torch.zeros(0, len(wanted), len(parsed), self.d_model)  # type: ignore[arg-type]
+            found = self.inner.read([listed[i] for i in rows], wanted, [positions[p] for p in lacking])
+            for i, states in zip(rows, found.values, strict=True):
+                for p, value in zip(lacking, states.unbind(1), strict=True):
+                    values[i][p], kept = value, value.contiguous()
+                    self._write(keys[i][p], ".safetensors", lambda path, kept=kept: save_file({"states": kept}, path, metadata={"seal": tensor_hash(kept)}))
+        stacked = torch.stack([torch.stack(row, 1) for row in values]) if values else torch.zeros(0, len(wanted), len(parsed), self.d_model)  # type: ignore[arg-type]
         return Activations(stacked, tuple(listed), wanted, tuple(p.name for p in parsed), self.name, self.weights, self.n_layers)
 
     def stream(

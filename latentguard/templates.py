@@ -72,6 +72,8 @@ class Template:
             probe = self._text([*messages[:i], Message(message.role, _MARKER), *messages[i + 1 :]])
             if probe.count(_MARKER) != 1 or probe.replace(_MARKER, message.content) != text:
                 raise InputError(f"{where} drops or changes the {message.role} message {_shown(message.content)}; leave it out, or choose another template")
+        if not prompt.suffix:
+            text = text[: start + len(prompt.instruction)]
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         return Rendered(text, tuple(encoded["input_ids"]), tuple(map(tuple, encoded["offset_mapping"])), (start, start + len(prompt.instruction)), prompt.id)
 

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -48,6 +49,10 @@ class Tracker(Protocol):
         """Every number of the run."""
         ...
 
+    def page(self, write: Callable[[Path], Path]) -> None:
+        """A page for people: `write` makes it in the run's folder, where there is one."""
+        ...
+
 
 class Memory:
     """Keeps everything in lists: for tests and notebooks."""
@@ -73,6 +78,38 @@ class Memory:
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Kept."""
         self.summaries.update(summary)
+
+    def page(self, write: Callable[[Path], Path]) -> None:
+        """No folder, no page."""
+
+
+class Within:
+    """One study's part of a series: its name stands in every row, and before the names of figures and directions."""
+
+    def __init__(self, tracker: Tracker, study: str) -> None:
+        self.tracker, self.study = tracker, study
+
+    def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """With the study's name."""
+        self.tracker.rows([{"study": self.study, **row} for row in rows])
+
+    def figure(self, name: str, figure: "Figure", data: Sequence[Mapping[str, Any]], *, replies: bool = False) -> None:
+        """Under `named`."""
+        self.tracker.figure(self.named(name), figure, data, replies=replies)
+
+    def named(self, name: str) -> str:
+        """A figure's name in the series."""
+        return name if name.startswith(self.study) else f"{self.study}_{name}"
+
+    def direction(self, direction: Direction) -> None:
+        """Under the study's name."""
+        self.tracker.direction(replace(direction, name=f"{self.study}_{direction.name or direction.method}"))
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        """The series writes one for all."""
+
+    def page(self, write: Callable[[Path], Path]) -> None:
+        """The series writes one for all."""
 
 
 class Files:
@@ -116,6 +153,10 @@ class Files:
     def summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json."""
         self.write_json("summary.json", summary)
+
+    def page(self, write: Callable[[Path], Path]) -> None:
+        """Written into the run's folder."""
+        write(self.folder)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """A JSON file in the run's folder, whole or not at all."""
