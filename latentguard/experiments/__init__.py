@@ -1,11 +1,16 @@
 """What an experiment is: a frozen dataclass of its settings, checked when built, called with live objects."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
 from latentguard.judges import Judge
+from latentguard.metrics import Rate, Value
 from latentguard.trackers import Tracker
+
+Row = dict[str, Any]
 
 
 class Experiment(Protocol):
@@ -16,5 +21,25 @@ class Experiment(Protocol):
         ...
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
-        """Run; rows and figures go to the tracker; the summary comes back, with the `claim` in one sentence."""
+        """Run; rows and figures go to the tracker; the summary comes back, with the `claim` in one sentence, the `table`,
+        the names of the `figures`, and what it says of the paper's `effects`.
+        """
         ...
+
+
+def opening(study: str, backend: Backend, data: Dataset, judge: Judge) -> Row:
+    """The first lines of every summary: what was asked of what."""
+    return {"study": study, "status": "ok", "model": backend.name, "data": {"name": data.name, "hash": data.hash, **data.card}, "judge": judge.name}
+
+
+def effect(number: int, holds: bool | None, found: "Value | Rate | Mapping | None", why: str) -> Row:
+    """What a study says of one of the fourteen effects (docs/paper.md): it holds, does not, or cannot be tested here.
+
+    Args:
+        holds: None where it cannot be tested.
+        found: the number it rests on.
+    """
+    numbers = {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0} | dict(found if isinstance(found, Mapping) else found.as_dict() if found else {})
+    verdict = "not testable here" if holds is None else "holds" if holds else "does not hold"
+    number_ = numbers.get("rate", numbers["value"])
+    return {"effect": number, "verdict": verdict, "number": number_, "low": numbers["low"], "high": numbers["high"], "n": numbers["n"], "why": why}

@@ -1,0 +1,213 @@
+"""final_token: what is left of a detector when every instruction ends in the same mark (ours; docs/gotchas.md)?
+
+AdvBench prompts end in letters, XSTest's in "?", most of Alpaca's in ".": a detector at t_inst may read just that.
+The same prompts are read as they are, stripped, and with one final period; poles are by label, so behaviour plays no part.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from latentguard import plots
+from latentguard.backends import Backend
+from latentguard.datasets import Dataset, load_dataset
+from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, ngrams
+from latentguard.directions import Activations
+from latentguard.errors import InputError
+from latentguard.experiments import Row, opening
+from latentguard.judges import Judge
+from latentguard.metrics import Value, auroc, mean
+from latentguard.positions import parse_position
+from latentguard.prompts import TERMINALS, Prompt
+from latentguard.roles import dealt
+from latentguard.trackers import Tracker
+
+Sets = dict[str, list[Prompt]]
+SHUFFLED = "shuffled_labels"
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class FinalToken:
+    """Settings of the study; conf/exp/final_token.yaml says what each is for."""
+
+    terminals: tuple[str, ...] = ("keep", "strip", "period")
+    positions: tuple[str, ...] = ("t_inst", "t_inst-1", "last_word", "mean(user)", "t_post_inst")
+    window: tuple[float, float] = (0.3, 0.7)
+    n_fit: int = 80
+    n_validation: int = 24
+    n_test: int = 40
+    shuffles: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for position in self.positions:
+            parse_position(position, reading=True)
+        for terminal in self.terminals:
+            if terminal not in TERMINALS:
+                raise ValueError(f"terminals: {terminal!r} is none of {', '.join(TERMINALS)}")
+        if not self.positions or not self.terminals:
+            raise ValueError("positions and terminals: name at least one each")
+        if not 0 <= self.window[0] < self.window[1] <= 1:
+            raise ValueError(f"window={list(self.window)}: two shares of the depth, ascending, such as [0.3, 0.7]")
+        for name in ("n_fit", "n_validation", "n_test", "shuffles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+
+    def check(self, n_layers: int, data: Dataset) -> None:
+        """Refuse data without harmful or without harmless prompts in a split."""
+        for split in ("train", "validation", "test"):
+            labels = {p.harmful for p in getattr(data, split)}
+            if not labels >= {True, False}:
+                raise InputError(f"data {data.name}: its {split} split needs harmful and harmless prompts; it deals rows by data.split")
+
+    def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
+        """Every detector under every final mark: AUROC within the sets it was fitted on, across others, and on matched ones."""
+        table: list[Row] = []
+        means: list[Row] = []
+        marks: list[Row] = []
+        for terminal in self.terminals:
+            same = data if data.card.get("terminal") == terminal else load_dataset(data.spec, terminal=terminal)  # type: ignore[arg-type]
+            sets = {
+                split: self._sets(getattr(same, split), n) for split, n in (("train", self.n_fit), ("validation", self.n_validation), ("test", self.n_test))
+            }
+            fit = self._fitted_on(same, sets["train"])
+            everyone = {p.id: p for name in fit for split in ("train", "validation") for p in sets[split].get(name, [])}
+            everyone |= {p.id: p for prompts in sets["test"].values() for p in prompts}
+            states = backend.read(list(everyone.values()), "all", self.positions)
+            marks += [{"terminal": terminal, "set": name, **_marks(prompts)} for name, prompts in sets["test"].items()]
+            for detector, position, score in self._detectors(backend, states, sets, fit):
+                scores = {name: score(prompts) for name, prompts in sets["test"].items()}
+                if detector != SHUFFLED:
+                    tracker.rows([row for name, prompts in sets["test"].items() for row in _scored(prompts, scores[name], terminal, detector, position, name)])
+                for kind, (high, low) in _pairs(sets["test"], fit).items():
+                    if high and low:
+                        area = _pooled(scores, high, low)
+                        table.append(
+                            {
+                                "terminal": terminal,
+                                "detector": detector,
+                                "position": position,
+                                "kind": kind,
+                                **area.as_dict(),
+                                "sets": " + ".join(high) + " / " + " + ".join(low),
+                            }
+                        )
+            table = _spread(table)
+            means += self._means(states, sets, fit, terminal)
+        summary = opening("final_token", backend, data, judge)
+        summary |= {"poles": "label", "table": table, "means": means, "final_marks": marks, "fitted_on": list(fit), "effects": []}
+        summary |= {"figures": ["final_token", "final_token_means"], "claim": self._claim(backend.name, table)}
+        tracker.figure(
+            "final_token", plots.detectors_by_terminal(table, title=f"{backend.name}: detectors with the final mark kept, stripped, and made equal"), table
+        )
+        tracker.figure("final_token_means", plots.means_by_terminal(means, title=f"{backend.name}: mean s at t_inst, poles {' against '.join(fit)}"), means)
+        return summary
+
+    def _sets(self, prompts: Sequence[Prompt], n: int) -> Sets:
+        """At most n prompts of each source and label; a source with one label goes by its own name."""
+        labels: dict[str, set[str]] = {}
+        for p in prompts:
+            labels.setdefault(p.source, set()).add(p.label)
+        found: Sets = {}
+        for p in dealt(prompts, self.seed):
+            if p.harmful is not None:
+                found.setdefault(p.source if len(labels[p.source]) == 1 else f"{p.source}: {p.label}", []).append(p)
+        return {name: found[name][:n] for name in sorted(found)}
+
+    def _fitted_on(self, data: Dataset, train: Sets) -> tuple[str, str]:
+        """The first harmful and the first harmless set: of the roles where the data name sets, else the largest."""
+        chosen = []
+        for role, harmful in (("refused_harmful", True), ("accepted_harmless", False)):
+            of = {name: prompts for name, prompts in train.items() if prompts[0].harmful is harmful}
+            named = ((data.spec.roles or {}).get(role) if data.spec else None) or ()
+            order = [name for source in named for name in of if name.split(":")[0] == source]
+            plain = sorted((name for name in of if "lookalike" not in name), key=lambda name: -len(of[name]))
+            chosen.append((order or plain or list(of))[0])
+        return chosen[0], chosen[1]
+
+    def _detectors(self, backend: Backend, states: Activations, sets: dict[str, Sets], fit: tuple[str, str]):  # noqa: ANN202
+        """(name, position, prompts → scores) of every detector."""
+        high, low = (sets["train"][name] for name in fit)
+        generator = np.random.default_rng(self.seed)
+        for position in self.positions:
+            guard = LatentGuard.fit(states, high, low, position=position)
+            layer = best_layer(guard, *(states.at(position, sets["validation"].get(name, [])) for name in fit))
+            for name, fitted in (("", guard), ("_one_layer", guard.at_layer(layer)), ("projection_one_layer", Projection.fit(guard, layer))):
+                full = name if name.startswith("projection") else f"latent_guard{name}"
+                yield full, position, lambda ps, g=fitted, at=position: g.score(states.at(at, ps)).numpy()
+            for _ in range(self.shuffles):
+                mixed = [[*high, *low][i] for i in generator.permutation(len(high) + len(low))]
+                control = LatentGuard.fit(states, mixed[: len(high)], mixed[len(high) :], position=position)
+                yield SHUFFLED, position, lambda ps, g=control, at=position: g.score(states.at(at, ps)).numpy()
+        rendered = {p.id: item for p, item in zip(states.prompts, backend.render(list(states.prompts)), strict=True)}
+        last = {key: [item.ids[item.user_tokens[-1]]] for key, item in rendered.items()}
+        baselines = {"last_token": lambda p: last[p.id], "ngram": lambda p: ngrams(p.instruction)}
+        for name, items in baselines.items():
+            fitted = Counted.fit([items(p) for p in high], [items(p) for p in low])
+            yield name, "text", lambda ps, f=fitted, items=items: np.array(f.score([items(p) for p in ps]))
+
+    def _means(self, states: Activations, sets: dict[str, Sets], fit: tuple[str, str], terminal: str) -> list[Row]:
+        """Mean s at the first position over the window of layers, set by set."""
+        position, depth = self.positions[0], states.n_layers
+        guard = LatentGuard.fit(states, *(sets["train"][name] for name in fit), position=position)
+        inside = [i for i, layer in enumerate(states.layers) if round(self.window[0] * depth) <= layer <= round(self.window[1] * depth)]
+        found = []
+        for name, prompts in sets["test"].items():
+            s = guard.separation(states.at(position, prompts))[:, inside].mean(1).numpy()
+            found.append({"terminal": terminal, "set": name, "harmful": prompts[0].harmful, "position": position, **mean(s).as_dict(), "fitted": name in fit})
+        return found
+
+    def _claim(self, name: str, table: list[Row]) -> str:
+        def area(detector: str, position: str, terminal: str, kind: str) -> str:
+            row = next((r for r in table if (r["detector"], r["position"], r["terminal"], r["kind"]) == (detector, position, terminal, kind)), None)
+            return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row else "–"
+
+        first = self.positions[0]
+        told = [
+            f"with the final mark {done} ({terminal}) {area('latent_guard', first, terminal, 'within')} within and {area('latent_guard', first, terminal, 'across')} across data sets "
+            f"(last-token classifier {area('last_token', 'text', terminal, 'across')}, n-gram {area('ngram', 'text', terminal, 'across')} across)"
+            for terminal, done in (("keep", "kept"), ("strip", "stripped"), ("period", "made equal"))
+            if terminal in self.terminals
+        ]
+        return f"{name}: AUROC of Latent Guard at {first}: " + "; ".join(told) + "."
+
+
+def _scored(prompts: Sequence[Prompt], scores: np.ndarray, terminal: str, detector: str, position: str, name: str) -> list[Row]:
+    about = {"stage": "final_token", "terminal": terminal, "detector": detector, "position": position, "set": name}
+    return [{**about, "prompt_id": p.id, "label": p.label, "score": float(v)} for p, v in zip(prompts, scores, strict=True)]
+
+
+def _spread(table: list[Row]) -> list[Row]:
+    """The shuffled controls of one detector as one row: their mean, and the lowest and highest."""
+    merged: dict[tuple, list[Row]] = {}
+    for row in table:
+        merged.setdefault(tuple(row[key] for key in ("terminal", "detector", "position", "kind")), []).append(row)
+    found = []
+    for rows in merged.values():
+        areas = [row["value"] for row in rows]
+        found.append(rows[0] if len(rows) == 1 else {**rows[0], "value": float(np.mean(areas)), "low": min(areas), "high": max(areas)})
+    return found
+
+
+def _pairs(test: Sets, fit: tuple[str, str]) -> dict[str, tuple[list[str], list[str]]]:
+    """Which sets are set against which: those fitted on, those that were not, and harmful and harmless ones of one source."""
+    high, low = ([name for name, prompts in test.items() if prompts[0].harmful is side] for side in (True, False))
+    new = ([n for n in high if n not in fit], [n for n in low if n not in fit])
+    across = (new[0] or high, new[1] or low) if new[0] or new[1] else ([], [])
+    both = {n.split(":")[0] for n in high} & {n.split(":")[0] for n in low} - {n.split(":")[0] for n in fit}
+    matched = ([n for n in high if n.split(":")[0] in both], [n for n in low if n.split(":")[0] in both])
+    return {"within": ([fit[0]], [fit[1]]), "across": across, "matched": matched}
+
+
+def _pooled(scores: dict[str, np.ndarray], high: list[str], low: list[str]) -> Value:
+    return auroc(np.concatenate([scores[name] for name in high]), np.concatenate([scores[name] for name in low]))
+
+
+def _marks(prompts: Sequence[Prompt]) -> Row:
+    """The share of prompts by their last character: letter or digit, or the mark itself."""
+    ends = Counter("letter" if p.instruction.rstrip()[-1].isalnum() else p.instruction.rstrip()[-1] for p in prompts)
+    return {"n": len(prompts), "ends": {mark: count / len(prompts) for mark, count in ends.most_common(4)}}
