@@ -58,6 +58,7 @@ class Cast:
     test: dict[str, Filled]
     labelled: dict[str, tuple[Prompt, ...]]
     withheld: str = ""
+    found: dict[str, Filled] = field(default_factory=dict)
     judged: dict[str, Judged] = field(default_factory=dict, repr=False)
 
     def everyone(self) -> list[Prompt]:
@@ -72,7 +73,8 @@ class Cast:
     def counts(self) -> dict[str, Any]:
         """N and asked of every role, for summaries."""
         filled = {f"test_{role}": {"n": len(f), "asked": f.asked, "withheld": f.withheld} for role, f in self.test.items()}
-        return {"poles": self.poles, "pole_harmful": len(self.high), "pole_harmless": len(self.low), **filled}
+        found = {f"train_{role}": {"n": len(f), "asked": f.asked, "withheld": f.withheld} for role, f in self.found.items()}
+        return {"poles": self.poles, "pole_harmful": len(self.high), "pole_harmless": len(self.low), **found, **filled}
 
     def cells(self) -> Cells:
         """Every judged reply, for the refusal tokens."""
@@ -102,7 +104,7 @@ class Casting:
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
 
-    def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> Cast:
+    def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker, *, only_poles: bool = False) -> Cast:
         """Ask the model, unsteered, until the roles are full or their prompts are used up."""
         ask = _Asking(self, backend, judge, tracker)
         poles = {role: ask.fill(role, data.role(role, "train"), self.n_poles) for role in POLES}
@@ -111,6 +113,9 @@ class Casting:
             high, low = (tuple(dealt(data.role(role, "train"), self.seed)[: self.n_poles]) for role in POLES)
         else:
             high, low = (poles[role].prompts for role in POLES)
+        if only_poles:
+            log.info("poles by %s: %d + %d", "label" if withheld else "behaviour", len(high), len(low))
+            return Cast("label" if withheld else "behaviour", high, low, {}, {}, {}, withheld, poles, ask.known)
         taken = {p.group for p in (*high, *low)}
         free = {role: [p for p in data.role(role) if p.group not in taken] for role in MISBEHAVING}
         test = {role: ask.fill(role, data.role(role, "test"), self.n_test) for role in POLES}
@@ -118,7 +123,7 @@ class Casting:
         validation = {role: ask.fill(role, data.role(role, "validation"), self.n_validation) for role in POLES}
         sides = {"harmful": "refused_harmful", "harmless": "accepted_harmless"}
         labelled = {side: tuple(dealt(data.role(role, "test"), self.seed)[: self.n_test]) for side, role in sides.items()}
-        cast = Cast("label" if withheld else "behaviour", high, low, validation, test, labelled, withheld, ask.known)
+        cast = Cast("label" if withheld else "behaviour", high, low, validation, test, labelled, withheld, poles, ask.known)
         log.info("poles by %s: %d + %d; held out: %s", cast.poles, len(high), len(low), ", ".join(f"{len(f)} {r}" for r, f in test.items()))
         return cast
 

@@ -12,7 +12,7 @@ PACKAGE = REPO / "latentguard"
 LEVELS = {
     4: {"run", "sweeps"},
     3: {"experiments"},
-    2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "report"},
+    2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "report"},
     1: {"backends", "families", "weights", "templates"},
     0: {
         "prompts",

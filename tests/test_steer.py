@@ -116,7 +116,8 @@ def test_every_number_can_be_counted_again_from_the_rows(data, tmp_path):
         assert (len(mine), sum(r["verdict"] == "refused" for r in mine)) == (cell["n"], cell["k"])
     reported = [r for r in rows if r["stage"] == "reported" and r["intervention"] == "harm"]
     assert len(reported) == summary["reported"]["harm"]["n"] == 40
-    control = [r for r in rows if r["stage"] == "control"]
+    control = [r for r in rows if r["stage"] == "control" and r["intervention"] == "random"]
+    assert len({r["draw"] for r in rows if r["stage"] == "control" and r["intervention"] == "shuffled"}) == 3
     assert len({r["draw"] for r in control}) == 10 and len(control) == summary["reported"]["random"]["n"]
     generated = [r for r in rows if r["stage"] != "validation"]
     assert {r["terminal"] for r in generated} == {"period"} and {r["judge"] for r in generated} == {Phrases().name}
@@ -130,9 +131,9 @@ def test_train_validation_and_test_prompts_are_apart(data):
     tracker = Memory()
     Steer(**SETTINGS)(Planted(), data, Phrases(), tracker)
     stages = {
-        stage: {r["prompt_id"] for r in tracker.all_rows if r["stage"] == stage and "prompt_id" in r} for stage in ("train", "baseline", "grid", "reported")
+        stage: {r["prompt_id"] for r in tracker.all_rows if r["stage"] == stage and "prompt_id" in r} for stage in ("roles", "baseline", "grid", "reported")
     }
-    assert not stages["train"] & (stages["baseline"] | stages["grid"] | stages["reported"])
+    assert not stages["roles"] & (stages["baseline"] | stages["grid"] | stages["reported"])
     assert stages["grid"] <= stages["reported"]
     categories = {r["category"] for r in tracker.all_rows if r["stage"] == "grid"}
     assert len(categories) >= 6, "the first prompts are not all of one kind"

@@ -6,29 +6,33 @@ tracker's kind, and no other experiment.
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from latentguard import plots
 from latentguard.backends import Backend
-from latentguard.behaviour import Cells, Judged, divergence, judge_stream, refusal_log_odds
+from latentguard.behaviour import Cells, Judged, divergence, refusal_log_odds
+from latentguard.controls import cosine_by_layer, shuffled_labels
 from latentguard.datasets import Dataset
-from latentguard.directions import Direction, cosine, mean_difference, random_like
+from latentguard.directions import Direction, mean_difference, random_like
 from latentguard.errors import InputError
+from latentguard.experiments import Row, effect, opening
 from latentguard.interventions import Cell, Grid, When, steering_grid
 from latentguard.judges import Judge, Verdict
 from latentguard.layers import check_layer, resolve_layers
-from latentguard.metrics import Rate, rate
+from latentguard.metrics import Rate, Value, clustered_rate, rate
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, digest
+from latentguard.roles import Casting, said
 from latentguard.trackers import Tracker
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -43,9 +47,7 @@ class Steer:
     where: str = "all"
     when: When = "prefill"
     max_new_tokens: int = 12
-    n_harmful: int = 80
-    n_harmless: int = 48
-    n_poles: int = 100
+    casting: Casting = Casting(n_poles=60)
     n_validation: int = 12
     n_damage: int = 6
     n_test: int = 40
@@ -106,15 +108,18 @@ class _Run:
 
     def summary(self) -> dict[str, Any]:
         """All steps, and what came out."""
-        trained = self._label("train", [*self._some(self.data.train.harmful, self.set.n_harmful), *self._some(self.data.train.harmless, self.set.n_harmless)])
-        withheld = trained.gate(True, "refused") or trained.gate(False, "accepted")
-        poles = "label" if withheld else "behaviour"
-        harm, refuse = self.directions = self._directions(trained, poles)
+        cast = self.cast = self.set.casting(self.backend, self.data, self.judge, self.tracker, only_poles=True)
+        withheld, poles = cast.withheld, cast.poles
+        places = (self.set.harm_position, self.set.refuse_position)
+        self.states = self.backend.read([*cast.high, *cast.low], "all", places)
+        harm, refuse = self.directions = tuple(
+            mean_difference(self.states, cast.high, cast.low, position=place, name=name) for name, place in zip(("harm", "refuse"), places, strict=True)
+        )
         self.main = harm if self.set.direction == "harm" else refuse
         for direction in self.directions:
             self.tracker.direction(direction)
         baseline = self._baseline()
-        tokens = trained.refusal_tokens(self.backend)
+        tokens = cast.cells().refusal_tokens(self.backend)
         chosen = {d.name: self._choose(self._validate(d, tokens)) for d in self.directions}
         for name, at in chosen.items():
             log.info(
@@ -126,26 +131,41 @@ class _Run:
                 at["damage"],
             )
         grid = self._grid(poles)
-        reported = {name: self._reported(d, chosen[name], poles) for name, d in (("harm", harm), ("refuse", refuse))}
+        reported = {name: counted(self._reported(d, chosen[name], poles)) for name, d in (("harm", harm), ("refuse", refuse))}
         study = self.set.direction
-        control = self._control(chosen[study], poles)
-        summary = {
-            "study": f"steer_{study}",
+        for control, made in (("random", self._random), ("shuffled", self._shuffled)):
+            reported[control] = self._control(made, chosen[study], control, poles)
+        cosines, alike = cosine_by_layer(self.states, cast.high, cast.low, places)
+        base = {label: counted(found) for label, found in baseline.items()}
+        summary = opening(f"steer_{study}", self.backend, self.data, self.judge) | {
             "status": withheld or "ok",
             "poles": poles,
             "poles_n": {"positive": harm.n_positive, "negative": harm.n_negative},
-            "cells": trained.counts(),
-            "model": self.backend.name,
-            "data": {"name": self.data.name, "hash": self.data.hash, **self.data.card},
-            "judge": self.judge.name,
+            "cells": cast.counts(),
             "decoding": {"greedy": True, "max_new_tokens": self.set.max_new_tokens},
             "validated": chosen,
-            "baseline": {label: counted(found) for label, found in baseline.items()},
-            "reported": {name: counted(found) for name, found in reported.items()} | {"random": control},
-            "cosine_harm_refuse": {str(layer): cosine(harm, refuse, layer) for layer in self.layers},
+            "baseline": base,
+            "reported": reported,
+            "cosine_harm_refuse": {"mean": alike.as_dict(), "by_layer": cosines},
             "grid": grid,
+            "table": [{"intervention": "none", "label": label, **row} for label, row in base.items()]
+            + [
+                {
+                    "intervention": name,
+                    "label": "harmless",
+                    **{k: v for k, v in chosen.get(name, chosen[study]).items() if k in ("layer", "coef", "dose", "damage", "perplexity", "perplexity_clean")},
+                    **row,
+                }
+                for name, row in reported.items()
+            ],
+            "figures": ["refusal_by_layer", "refusal_by_coefficient", "cosine_by_layer"],
         }
         self._draw(grid, baseline["harmless"], chosen, withheld)
+        figure = plots.cosine_by_layer(
+            cosines, title=f"{self.backend.name}: cosine of v_harm and v_refuse" + (" · poles by label" if withheld else ""), depth=self.backend.n_layers
+        )
+        self.tracker.figure("cosine_by_layer", figure, cosines)
+        summary["effects"] = self._effects(summary, alike, withheld)
         summary["claim"] = self._claim(summary, withheld)
         return summary
 
@@ -158,22 +178,6 @@ class _Run:
         cells = Cells(tuple(self._judged([Cell(tags={"intervention": "none"})], prompts, stage=stage)[0]))
         log.info("%s: %s", stage, ", ".join(f"{n} {cell.replace('_', ' ')}" for cell, n in cells.counts().items()))
         return cells
-
-    def _directions(self, trained: Cells, poles: str) -> tuple[Direction, Direction]:
-        """v_harm at t_inst and v_refuse at t_post_inst, from refused harmful − accepted harmless (Eq. 5); by label where
-        the model's behaviour leaves a cell too thin.
-        """
-        if poles == "behaviour":
-            high, low = trained.of(True, "refused"), trained.of(False, "accepted")
-        else:
-            high, low = ([j.prompt for j in trained.judged if j.prompt.label == label] for label in ("harmful", "harmless"))
-        high, low = high[: self.set.n_poles], low[: self.set.n_poles]
-        states = self.backend.read([*high, *low], "all", [self.set.harm_position, self.set.refuse_position])
-        made = [
-            mean_difference(states, high, low, position=position, name=name)
-            for name, position in (("harm", self.set.harm_position), ("refuse", self.set.refuse_position))
-        ]
-        return made[0], made[1]
 
     def _baseline(self) -> dict[str, list[Verdict]]:
         """No steering: refusal of held-out harmless, look-alike and harmful requests, side by side."""
@@ -190,7 +194,8 @@ class _Run:
         """First-token refusal log-odds of each layer × coefficient on harmless validation prompts; where they reach what
         is asked, the damage too.
 
-        Damage: KL(clean ‖ steered) of the next token over the instruction's own tokens, in nats a token.
+        Damage: KL(clean ‖ steered) of the next token over the instruction's own tokens, in nats a token; beside it the
+        perplexity of these tokens, steered and clean.
         """
         grid = self._steering(direction)
         odds = self.backend.logits(self.validation, grid, reduce=lambda _, logprobs: refusal_log_odds(logprobs, tokens))
@@ -198,16 +203,20 @@ class _Run:
         for cell, scores in zip(grid, odds, strict=True):
             layer, coef = cell.tags["layer"], cell.tags["coef"]
             row = {"layer": layer, "coef": coef, "dose": direction.dose(layer, coef), "n": len(scores)}  # type: ignore[arg-type]
-            rows.append({**row, "log_odds": sum(scores) / len(scores), "damage": None})
+            rows.append({**row, "log_odds": sum(scores) / len(scores), "damage": None, "perplexity": None, "perplexity_clean": None})
         best = max(row["log_odds"] for row in rows)
         asked = [i for i, row in enumerate(rows) if row["log_odds"] >= min(best, self.set.min_log_odds)]
         texts = self.validation[: self.set.n_damage]
         clean = self.backend.logits(texts, position="user")
-        measured = self.backend.logits(
-            texts, Grid(tuple(grid.cells[i] for i in asked)), position="user", reduce=lambda i, logprobs: divergence(clean[i], logprobs)
-        )
-        for i, damages in zip(asked, measured, strict=True):
-            rows[i]["damage"] = sum(damages) / len(damages)
+        following = [[item.ids[t + 1] for t in item.user_tokens[:-1]] for item in self.backend.render(texts)]
+
+        def cost(i: int, logprobs: Tensor) -> tuple[float, float, float]:
+            return divergence(clean[i], logprobs), surprise(logprobs, following[i]), surprise(clean[i], following[i])
+
+        measured = self.backend.logits(texts, Grid(tuple(grid.cells[i] for i in asked)), position="user", reduce=cost)
+        for i, costs in zip(asked, measured, strict=True):
+            damage, steered, before = (sum(values) / len(values) for values in zip(*costs, strict=True))
+            rows[i] |= {"damage": damage, "perplexity": math.exp(min(steered, 50.0)), "perplexity_clean": math.exp(min(before, 50.0))}
         self.tracker.rows([{"stage": "validation", "intervention": direction.name, "score": row["log_odds"], **row} for row in rows])
         return rows
 
@@ -242,28 +251,37 @@ class _Run:
         """The validated cell on all test prompts."""
         return self._run(list(self._steering(direction, at)), self.test, "reported", poles)[0]
 
-    def _control(self, at: Row, poles: str) -> Row:
-        """Random directions of equal norm at the validated cell: pooled, and the range over draws."""
-        seeds = range(self.set.seed, self.set.seed + self.set.draws_reported)
-        cells = [cell for seed in seeds for cell in self._steering(random_like(self.main, seed), at, draw=seed - self.set.seed)]
+    def _random(self, seed: int) -> Direction:
+        return random_like(self.main, seed)
+
+    def _shuffled(self, seed: int) -> Direction:
+        return shuffled_labels(self.states, self.cast.high, self.cast.low, self.main, seed)
+
+    def _control(self, made: Callable[[int], Direction], at: Row, name: str, poles: str) -> Row:
+        """Directions of equal norm that mean nothing, at the validated cell: pooled, and the range over draws. Draws share
+        prompts, so the interval resamples prompts.
+        """
+        seeds = range(self.set.seed, self.set.seed + (self.set.draws_reported if name == "random" else self.set.draws))
+        cells = [cell for seed in seeds for cell in self._steering(made(seed), at, draw=seed - self.set.seed)]
         draws = self._run(cells, self.test[: self.set.n_control], "control", poles)
-        rates = [rate([v.label == "refused" for v in verdicts]).rate for verdicts in draws]
-        return {**counted([v for verdicts in draws for v in verdicts]), "draws": len(draws), "lowest_draw": min(rates), "highest_draw": max(rates)}
+        hits = [[v.label == "refused" for v in verdicts] for verdicts in draws]
+        rates, spread = [rate(row).rate for row in hits], clustered_rate(list(zip(*hits, strict=True)))
+        pooled = counted([v for verdicts in draws for v in verdicts])
+        return {
+            **pooled,
+            "low": spread.low,
+            "high": spread.high,
+            "prompts": spread.n,
+            "draws": len(draws),
+            "lowest_draw": min(rates),
+            "highest_draw": max(rates),
+        }
 
     def _run(self, cells: list[Cell], prompts: list[Prompt], stage: str, poles: str) -> list[list[Verdict]]:
         return [[j.verdict for j in said] for said in self._judged(cells, prompts, stage=stage, poles=poles)]
 
     def _judged(self, cells: list[Cell], prompts: list[Prompt], **tags: object) -> list[list[Judged]]:
-        """Every cell's judged replies in the order of `prompts`; each row is kept as it comes."""
-        found: list[dict[int, Judged]] = [{} for _ in cells]
-        for c, i, judged in judge_stream(self.backend, prompts, Grid(tuple(cells)), self.judge, self.set.max_new_tokens):
-            found[c][i] = judged
-            prompt, verdict = judged.prompt, judged.verdict
-            about = {"prompt_id": prompt.id, "prompt": prompt.instruction, "label": prompt.label, "category": prompt.category}
-            said = {"reply": judged.reply.text, "verdict": verdict.label, "rule": verdict.rule, "score": verdict.score, "finish": judged.reply.finish}
-            row = {**about, "source": prompt.source, "terminal": prompt.terminal, **tags, **cells[c].tags, **said, "judge": self.judge.name}
-            self.tracker.rows([row])
-        return [[replies[i] for i in range(len(prompts))] for replies in found]
+        return said(self.backend, prompts, Grid(tuple(cells)), self.judge, self.tracker, self.set.max_new_tokens, **tags)
 
     def _draw(self, grid: list[Row], baseline: list[Verdict], chosen: dict[str, Row], withheld: str) -> None:
         base = counted(baseline)
@@ -298,6 +316,32 @@ class _Run:
             rows.append(row)
         return rows
 
+    def _effects(self, summary: Row, alike: Value, withheld: str) -> list[Row]:
+        """6 to 8 of the paper's effects; the refusal study repeats only what is its own."""
+        name, base = self.set.direction, summary["baseline"]["harmless"]
+        found, control = summary["reported"][name], summary["reported"]["random"]
+        beyond = found["low"] > max(control["high"], control["highest_draw"])
+        eight = effect(
+            8,
+            None if withheld else beyond,
+            found,
+            f"+ {name} at its validated cell; random of equal norm {as_text(control)}, the highest draw {control['highest_draw']:.2f}",
+        )
+        if name == "refuse":
+            return [eight]
+        best = {d: max((row for row in summary["grid"] if row["direction"] == d), key=lambda row: row["rate"]) for d in ("harm", "refuse")}
+        depth = self.backend.n_layers
+        raised = all(row["low"] > base["rate"] and 0.25 <= row["layer"] / depth <= 0.8 for row in best.values())
+        told = "; ".join(f"{d}: {as_text(row)} at layer {row['layer']} of {depth}, coefficient {row['coef']:g}" for d, row in best.items())
+        seven = effect(
+            7,
+            None if withheld else raised and best["refuse"]["rate"] >= best["harm"]["rate"],
+            best["refuse"],
+            f"best cells of the grid ({told}) over {as_text(base)} without steering",
+        )
+        why = "mean over layers 1 … L of cos(v_harm, v_refuse), resampled prompts (asked: .2 and less)"
+        return [effect(6, None if withheld else abs(alike.value) <= 0.2, alike, why), seven, eight]
+
     def _claim(self, summary: dict, withheld: str) -> str:
         name = self.set.direction
         at, found, control, base = (summary["validated"][name], summary["reported"][name], summary["reported"]["random"], summary["baseline"]["harmless"])
@@ -308,9 +352,9 @@ class _Run:
             f"{control['draws']} draws, the highest {control['highest_draw']:.2f}"
         )
         if withheld:
-            cells = summary["cells"]
+            found_ = [f"{len(f)} of {f.asked}" for f in self.cast.found.values()]
             return (
-                f"{self.backend.name}: claim withheld ({withheld}): {cells['refused_harmful']} harmful requests refused and {cells['accepted_harmless']} harmless "
+                f"{self.backend.name}: claim withheld ({withheld}): {found_[0]} harmful requests refused and {found_[1]} harmless "
                 f"ones accepted, where each needs 30 and 15%; with poles by label, {numbers}."
             )
         effect = "beyond its random control" if found["low"] > max(control["high"], control["highest_draw"]) else "NOT beyond its random control"
@@ -322,6 +366,13 @@ def counted(verdicts: Sequence[Verdict]) -> Row:
     refused: Rate = rate([v.label == "refused" for v in verdicts])
     degenerate = rate([v.label == "degenerate" for v in verdicts])
     return {**refused.as_dict(), "degenerate": degenerate.k, "degenerate_rate": degenerate.rate}
+
+
+def surprise(logprobs: Tensor, following: Sequence[int]) -> float:
+    """Mean negative log-likelihood, in nats, of the tokens that follow: [token, vocab] log-probabilities of the places before them."""
+    if not following:
+        return 0.0
+    return float(-logprobs[torch.arange(len(following)), list(following)].mean())
 
 
 def as_text(row: Row) -> str:

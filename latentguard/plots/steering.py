@@ -35,6 +35,20 @@ def refusal_by_coefficient(rows: Rows, baseline: Mapping[str, Any], *, title: st
     return legend_below(figure, axis, title)
 
 
+def cosine_by_layer(rows: Rows, *, title: str, depth: int) -> Figure:
+    """Cosine of two directions by layer beside what two halves of the prompts reach. Rows: layer, value, low, high, ceiling, n."""
+    figure = figure_of(6.8, 4.4)
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    at = [row["layer"] for row in rows]
+    axis.axhline(0, color="#555555", linewidth=0.8)
+    axis.fill_between(at, [row["low"] for row in rows], [row["high"] for row in rows], color="#D55E00", alpha=0.2, linewidth=0)
+    axis.plot(at, [row["value"] for row in rows], color="#D55E00", marker="o", markersize=4, label=f"v_harm and v_refuse (n = {rows[0]['n']} prompts)")
+    axis.plot(at, [row["ceiling"] for row in rows], color="#009E73", marker="^", markersize=4, linestyle=":", label="ceiling: two halves of the prompts")
+    axis.set(xlabel=f"layer (of {depth})", ylabel="cosine", ylim=(min(-0.15, *(row["low"] for row in rows)), 1.03))
+    return legend_below(figure, axis, title)
+
+
 def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) -> Figure:
     """Prompts with what the model said to them under each intervention. Rows: prompt, and a reply and verdict a column
     (`<column>`, `<column>_verdict`).

@@ -1,0 +1,68 @@
+"""What an effect is set against: shuffled labels, split halves, resampled cosines. Knows no model and no study."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from latentguard.directions import Activations, Direction, mean_difference
+from latentguard.metrics import Value
+from latentguard.prompts import Prompt
+
+RESAMPLES = 200
+
+
+def shuffled_labels(states: Activations, high: Sequence[Prompt], low: Sequence[Prompt], like: Direction, seed: int) -> Direction:
+    """The difference of means of the same prompts with their labels shuffled, at the norm of `like` at every layer."""
+    mixed = [[*high, *low][i] for i in np.random.default_rng(seed).permutation(len(high) + len(low))]
+    made = mean_difference(states, mixed[: len(high)], mixed[len(high) :], position=like.position, name="shuffled")
+    size = like.vectors.norm(dim=-1, keepdim=True) / made.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return replace(made, vectors=made.vectors * size, method=f"shuffled_labels(seed={seed})")
+
+
+def cosine_by_layer(states: Activations, high: Sequence[Prompt], low: Sequence[Prompt], places: tuple[str, str]) -> tuple[list[dict[str, Any]], Value]:
+    """Cosine of the differences of means at two positions, layer by layer, and its mean over layers 1 … L.
+
+    Intervals: percentiles of 200 resamples of the prompts of each pole. `ceiling`: the cosine that two halves of the same
+    prompts reach at one position, the geometric mean of both positions; a cosine cannot be expected above it.
+    """
+    sides = [[states.at(place, side).double().numpy() for side in (high, low)] for place in places]
+    generator = np.random.default_rng(0)
+    found = _cosines(*(a.mean(0) - b.mean(0) for a, b in sides))
+    drawn = np.stack([_resampled(sides, generator) for _ in range(RESAMPLES)])
+    ceilings = [np.mean([_halves(a, b, generator) for _ in range(20)], 0) for a, b in sides]
+    rows = [
+        {
+            "layer": layer,
+            "value": float(found[i]),
+            **dict(zip(("low", "high"), map(float, np.nanpercentile(drawn[:, i], [2.5, 97.5])), strict=True)),
+            "n": len(high) + len(low),
+            "ceiling": float(np.sqrt(max(0.0, ceilings[0][i] * ceilings[1][i]))),
+        }
+        for i, layer in enumerate(states.layers)
+        if np.isfinite(found[i])
+    ]
+    above = [i for i, layer in enumerate(states.layers) if layer > 0]
+    low_, high_ = np.nanpercentile(np.nanmean(drawn[:, above], 1), [2.5, 97.5])
+    return rows, Value(float(np.nanmean(found[above])), float(low_), float(high_), len(high) + len(low))
+
+
+def _cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Row by row; NaN where one is zero."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+
+
+def _resampled(sides: list[list[np.ndarray]], generator: np.random.Generator) -> np.ndarray:
+    """One resample; a prompt is drawn at both positions or at neither."""
+    weights = [generator.multinomial(len(side), np.full(len(side), 1 / len(side))) / len(side) for side in sides[0]]
+    differences = [np.tensordot(weights[0], a, 1) - np.tensordot(weights[1], b, 1) for a, b in sides]
+    return _cosines(*differences)
+
+
+def _halves(high: np.ndarray, low: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Cosine, by layer, of the differences that two random halves of the prompts give."""
+    orders = [generator.permutation(len(side)) for side in (high, low)]
+    halves = [[side[order[: len(side) // 2]].mean(0), side[order[len(side) // 2 :]].mean(0)] for side, order in zip((high, low), orders, strict=True)]
+    return _cosines(halves[0][0] - halves[1][0], halves[0][1] - halves[1][1])
