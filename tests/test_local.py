@@ -183,8 +183,8 @@ def test_wrong_layers_and_foreign_directions_are_refused(tiny, prompts, directio
         other.generate(prompts, [Add(direction, layer=2)])
     with pytest.raises(InputError, match="no vector at layer 1"):
         tiny.generate(prompts, [Add(mean_difference(tiny.read(prompts, 2), prompts[:3], position="t_inst"), layer=1)])
-    with pytest.raises(InputError, match="takes at most 1024"):
-        tiny.read("x" * 2000)
+    with pytest.raises(InputError, match="takes at most 4096"):
+        tiny.read("x" * 5000)
 
 
 def states_under(backend, prompt, acts):

@@ -97,7 +97,7 @@ def test_help_shows_groups_options_and_commands(run):
         (["tracker=wandb", "tracker.mode=foo"], "tracker.mode='foo'"),
         (["tracker=wandb", "tracker.tags=abc"], "tracker.tags='abc'"),
         (["exp.max_damage=nan"], "max_damage=nan"),
-        (["exp.max_new_tokens=100000"], "takes 1024 in all"),
+        (["exp.max_new_tokens=100000"], "takes 4096 in all"),
         (["data.limit=1"], "prompt in its"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -28,6 +28,6 @@ def tiny_model(family: str = "llama", n_layers: int = 4, d_model: int = 32, seed
         size = {"n_embd": d_model, "n_layer": n_layers, "n_head": 4}
     elif family.startswith(("gemma", "qwen3")):
         size["head_dim"] = d_model // 4
-    settings = {"vocab_size": 256 + len(SPECIAL), "max_position_embeddings": 1024, "eos_token_id": 260, "pad_token_id": 256, "bos_token_id": None}
+    settings = {"vocab_size": 256 + len(SPECIAL), "max_position_embeddings": 4096, "eos_token_id": 260, "pad_token_id": 256, "bos_token_id": None}
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**size, **settings, **config}), dtype=torch.float32)
     return made.eval()

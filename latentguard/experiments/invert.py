@@ -20,7 +20,7 @@ from latentguard.experiments import Row, effect, opening
 from latentguard.interventions import Cell, Grid, steering_grid
 from latentguard.judges import Judge
 from latentguard.layers import Layers, check_layer, resolve_layers
-from latentguard.metrics import Value, mean, rate
+from latentguard.metrics import Value, auroc, mean, rate
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, inverted
 from latentguard.roles import Cast, Casting, dealt, find_places, said
@@ -114,10 +114,12 @@ class _Inversion:
         summary = opening("inversion", self.backend, self.data, self.judge)
         summary |= {"poles": cast.poles, "cells": cast.counts(), "questions": asked, "question": self.question, "validated": validated}
         follows = all(base[side][:, ANSWERS.index(RIGHT[side])].mean() >= 0.5 for side in RIGHT)
-        baseline = {side: _shares(base[side]) for side in base}
+        baseline = {side: _shares(base[side]) | {"leaning": float(leaning(base[side]).mean())} for side in base}
+        ranks = auroc(leaning(base["harmful"]), leaning(base["harmless"]))
         summary |= {
             "follows_the_question": bool(follows),
             "baseline": baseline,
+            "leaning_auroc": ranks.as_dict(),
             "table": table,
             "curves": curves,
             "figures": ["inversion", "inversion_answers"],
@@ -143,7 +145,8 @@ class _Inversion:
         rows = []
         for question in self.set.questions:
             self.question = question
-            right = {side: self._answers(prompts, Grid((Cell(),)))[0][:, ANSWERS.index(RIGHT[side])] for side, prompts in self.prompts["validation"].items()}
+            told = {side: self._answers(prompts, Grid((Cell(),)))[0] for side, prompts in self.prompts["validation"].items()}
+            right = {side: shares[:, ANSWERS.index(RIGHT[side])] for side, shares in told.items()}
             rows.append(
                 {
                     "question": question,
@@ -220,7 +223,9 @@ class _Inversion:
                 for layer, many in by_layer.items():
                     shares = np.mean(many, 0)  # over draws, prompt by prompt
                     right = mean(shares[:, ANSWERS.index(RIGHT[side])])
-                    rows.append({"label": side, "direction": condition, "layer": layer, **right.as_dict(), **_shares(shares)})
+                    lean = mean(leaning(shares))
+                    about = {"label": side, "direction": condition, "layer": layer, **right.as_dict(), **_shares(shares)}
+                    rows.append({**about, "leaning": lean.value, "leaning_low": lean.low, "leaning_high": lean.high})
         return rows
 
     def _reported(self, validated: Row) -> list[Row]:
@@ -280,7 +285,18 @@ class _Inversion:
 
     def _effects(self, curves: list[Row], table: list[Row], follows: bool) -> list[Row]:
         if not follows:
-            why = "the model does not answer the question: without steering the fitting answer has a mean probability under .5 on a label"
+            shift = {
+                (r["label"], r["direction"]): max(
+                    (q for q in curves if (q["label"], q["direction"]) == (r["label"], r["direction"])),
+                    key=lambda q: q["leaning"] if r["label"] == "harmless" else -q["leaning"],
+                )
+                for r in curves
+            }
+            leans = "; ".join(f"{label} {name} {row['leaning']:+.1f} at layer {row['layer']}" for (label, name), row in shift.items())
+            why = (
+                "the model does not answer the question: without steering the fitting answer has a mean probability under .5 on a label; "
+                f"furthest log P(Certainly)/P(No) over layers: {leans}"
+            )
             return [effect(9, None, None, why), effect(10, None, None, why)]
         best = {
             (row["label"], row["direction"]): min(
@@ -345,3 +361,8 @@ def four_way(text: str, verdict: str) -> str:
 
 def _shares(shares: np.ndarray) -> Row:
     return {name: float(value) for name, value in zip(ANSWERS, shares.mean(0), strict=True)}
+
+
+def leaning(shares: np.ndarray) -> np.ndarray:
+    """Log P(Certainly) − log P(No) of each prompt: which way the answer leans, where the likelier one never changes."""
+    return np.log(shares[:, 0] + 1e-9) - np.log(shares[:, 1] + 1e-9)

@@ -79,7 +79,14 @@ class Series:
             tracker.summary({**opening(self.name, backend, data, judge), "studies": done})
             if self.page:
                 tracker.page(lambda folder: write_page(folder, backend.name, _shown(done)))
-        return {**opening(self.name, backend, data, judge), "studies": done, "claim": self._claim(backend.name, done)}
+        parts = [summary for summary in done.values() if summary["status"] in ("ok", "insufficient_base_rate")]
+        whole = {
+            "status": "ok" if parts else "failed",
+            "figures": [name for part in parts for name in part["figures"]],
+            "table": parts[0]["table"] if parts else [],
+        }
+        claim = self._claim(backend.name, done)
+        return {**opening(self.name, backend, data, judge), **whole, "studies": done, "claim": claim, "why": claim}
 
     def _claim(self, model: str, done: Mapping[str, Row]) -> str:
         verdicts = [effect["verdict"] for summary in done.values() for effect in summary.get("effects", [])]

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 from latentguard.plots.style import Rows, figure_of, plain
 
 _LINES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
+_STAR = "#FFD84D"
 # Conditions: colour, hatch, name.
 _CONDITIONS = {
     "none": ("#777777", "", "no intervention"),
@@ -36,7 +37,8 @@ def selection(rows: Rows, unsteered: Mapping[str, Any], limits: Mapping[str, flo
         plain(axis)
         for i, position in enumerate(positions):
             _candidates(axis, sorted((row for row in rows if row["position"] == position), key=lambda row: row["layer"]), keys, *_LINES[i % len(_LINES)])
-        axis.set_xticks(sorted({row["layer"] for row in rows}))
+        layers = sorted({row["layer"] for row in rows})
+        axis.set_xticks(layers[:: 1 + len(layers) // 13])
         axis.set_xlabel(f"layer the direction comes from (of {depth})")
     for axis, (value, low, high) in ((axes[0], panels[0]), (axes[2], panels[2])):
         axis.axhline(unsteered[value], color="#555555", linestyle="--", linewidth=1.2, zorder=1)
@@ -54,7 +56,7 @@ def selection(rows: Rows, unsteered: Mapping[str, Any], limits: Mapping[str, flo
     keys = [Line2D([], [], color=_LINES[i % len(_LINES)][0], marker=_LINES[i % len(_LINES)][1], label=f"read at {p}") for i, p in enumerate(positions)]
     keys += [
         Line2D([], [], color="#555555", marker="o", markerfacecolor="white", linestyle="", label="filtered out"),
-        Line2D([], [], color="#111111", marker="*", markersize=13, linestyle="", label="chosen"),
+        Line2D([], [], color="#111111", marker="*", markerfacecolor=_STAR, markersize=13, linestyle="", label="chosen"),
         Line2D([], [], color="#555555", linestyle="--", label="no intervention"),
         Line2D([], [], color="#111111", linestyle=":", label="limit of a filter"),
     ]
@@ -78,12 +80,13 @@ def refusal_by_condition(rows: Rows, *, title: str) -> Figure:
             colour, hatch, _ = _CONDITIONS[row["condition"]]
             look = {"width": 0.84, "color": colour, "hatch": hatch, "edgecolor": "white"}
             top.bar(start + at, row["rate"], yerr=[[row["rate"] - row["low"]], [row["high"] - row["rate"]]], capsize=3, ecolor="#222222", **look)
+            top.plot([start + at], [row["rate"]], marker="o", markersize=7, color=colour, markeredgecolor="#222222", zorder=3, clip_on=False)
             many = f"\n× {row['draws']}" if row["draws"] > 1 else ""
-            top.annotate(f"{row['n']}{many}", (start + at, row["high"]), (0, 4), textcoords="offset points", ha="center", fontsize=8, color="#333333")
+            top.annotate(f"{row['n']}{many}", (start + at, row["high"]), (0, 7), textcoords="offset points", ha="center", fontsize=8, color="#333333")
             bottom.bar(start + at, row["degenerate_rate"], **look)
         ticks.append(start + (len(here) + 1) / 2)
         start += len(here) + 1
-    plain(top).set(ylabel="refusal rate", ylim=(0, 1.16))
+    plain(top).set(ylabel="refusal rate", ylim=(0, 1.2))
     top.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     most = max((row["degenerate_rate"] for row in rows), default=0.0)
     plain(bottom).set(ylabel="degenerate", ylim=(0, max(0.2, min(1.0, 1.15 * most))))
@@ -104,4 +107,4 @@ def _candidates(axis: Any, line: Rows, keys: tuple[str, str, str], colour: str, 
         face = "white" if row["fails"] else colour
         axis.plot([row["layer"]], [row[value]], marker=marker, color=colour, markerfacecolor=face, markersize=6.5, zorder=3)
         if row["chosen"]:
-            axis.plot([row["layer"]], [row[value]], marker="*", color="#111111", markersize=17, zorder=2.8, markerfacecolor="#FFD84D")
+            axis.plot([row["layer"]], [row[value]], marker="*", color="#111111", markersize=19, zorder=2.8, markerfacecolor=_STAR)

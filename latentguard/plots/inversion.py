@@ -22,22 +22,27 @@ _ANSWERS = {
 def inversion_by_layer(rows: Rows, baseline: Mapping[str, Mapping], *, title: str, depth: int) -> Figure:
     """P of the fitting answer by layer: "No" for harmless requests, "Certainly" for harmful ones (Figs. 5, 11, 12).
 
-    Rows: label, direction, layer, value, low, high, n. `baseline` holds the four shares without steering, by label.
+    Below it which way the answer leans. Rows: label, direction, layer, value, low, high, n, leaning, leaning_low, leaning_high.
+    `baseline` holds the shares and the leaning without steering, by label.
     """
-    figure = figure_of(10.4, 4.8)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (label, right) in zip(axes, (("harmless", "no"), ("harmful", "certainly")), strict=True):
-        plain(axis).axhline(baseline[label][right], color="#555555", linestyle="--", linewidth=1.2, label="no steering")
+    figure = figure_of(10.4, 8.2)
+    axes = figure.subplots(2, 2, sharey="row", sharex=True)
+    for column, (label, right) in enumerate((("harmless", "no"), ("harmful", "certainly"))):
+        upper, lower = axes[0][column], axes[1][column]
+        n = counted([row for row in rows if row["label"] == label])
+        plain(upper).axhline(baseline[label][right], color="#555555", linestyle="--", linewidth=1.2, label="no steering")
+        plain(lower).axhline(baseline[label]["leaning"], color="#555555", linestyle="--", linewidth=1.2)
         for direction in dict.fromkeys(row["direction"] for row in rows if row["label"] == label):
             colour, marker, dashes, name = _SIGNED[direction]
             line = sorted((row for row in rows if (row["label"], row["direction"]) == (label, direction)), key=lambda row: row["layer"])
             at = [row["layer"] for row in line]
-            axis.fill_between(at, [row["low"] for row in line], [row["high"] for row in line], color=colour, alpha=0.13, linewidth=0)
-            axis.plot(at, [row["value"] for row in line], color=colour, marker=marker, linestyle=dashes, label=name)
-        n = counted([row for row in rows if row["label"] == label])
-        axis.set(title=f"{label} requests ({n})", xlabel=f"layer steered (of {depth})", ylabel=f'P("{right.capitalize()}")', ylim=(-0.03, 1.03))
-        axis.set_xticks(sorted({row["layer"] for row in rows}))
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+            for axis, value, low, high in ((upper, "value", "low", "high"), (lower, "leaning", "leaning_low", "leaning_high")):
+                axis.fill_between(at, [row[low] for row in line], [row[high] for row in line], color=colour, alpha=0.13, linewidth=0)
+                axis.plot(at, [row[value] for row in line], color=colour, marker=marker, linestyle=dashes, label=name if axis is upper else None)
+        upper.set(title=f"{label} requests ({n})", ylabel=f'P("{right.capitalize()}")', ylim=(-0.03, 1.03))
+        lower.set(xlabel=f"layer steered (of {depth})", ylabel="log P(Certainly) / P(No)")
+        lower.set_xticks(sorted({row["layer"] for row in rows}))
+    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=10.5)
     return figure
