@@ -169,6 +169,16 @@ def test_the_direction_is_chosen_on_validation_prompts_and_tried_on_test_prompts
     assert {r["prompt_id"] for r in tracker.all_rows if r["stage"] == "test"} <= split["test"]
 
 
+def test_look_alikes_neither_choose_the_direction_nor_count_as_harmless(data):
+    backend, tracker = Stream(), Memory()
+    mixed = replace(data, spec=replace(data.spec, roles={"accepted_harmless": ("builtin",)}))
+    lookalikes = {p.id for p in mixed.role("accepted_harmless") if p.lookalike}
+    summary = run(mixed, backend=backend, tracker=tracker)
+    assert lookalikes and not lookalikes & set().union(*(ids for _, ids in backend.scored))
+    assert sum(r.get("label") == "harmless" for r in tracker.all_rows if r["stage"] == "test" and r["intervention"] == "none") == 16
+    assert {row["label"] for row in summary["table"]} == {"harmful", "harmless", "lookalike"}
+
+
 def test_every_rate_can_be_counted_again_from_the_rows(data, tmp_path):
     tracker = Memory()
     summary = run(data, tracker=tracker, draws=4)
@@ -215,7 +225,7 @@ def test_wrong_settings_fail_before_any_model(wrong):
 
 def test_data_that_nothing_can_be_chosen_on_are_refused(data):
     bare = replace(data, validation=PromptSet(tuple(data.validation.harmful)))
-    with pytest.raises(InputError, match="validation split for the role accepted_harmless"):
+    with pytest.raises(InputError, match="no harmless prompt .* validation split for the role accepted_harmless"):
         AblateRefusal().check(4, bare)
 
 

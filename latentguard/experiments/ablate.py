@@ -98,13 +98,10 @@ class AblateRefusal:
         """Refuse layers that a direction is not chosen from, and data without the prompts that this takes."""
         self.candidate_layers(n_layers)
         self.casting.check(data)
-        for role in POLES:
-            if not data.role(role, "validation"):
-                raise InputError(
-                    f"data {data.name} has no prompt in its validation split for the role {role}, which the direction is chosen on; see data.split"
-                )
-        if not any(p.label == "harmless" for p in data.role("accepted_harmless", "test")):
-            raise InputError(f"data {data.name} has no plain harmless prompt in its test split, which the damage is measured on; see data.split")
+        needs = (("refused_harmful", "harmful", "validation"), ("accepted_harmless", "harmless", "validation"), ("accepted_harmless", "harmless", "test"))
+        for role, label, split in needs:
+            if not any(p.label == label for p in data.role(role, split)):
+                raise InputError(f"data {data.name} has no {label} prompt (look-alikes aside) in its {split} split for the role {role}; see data.split")
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
         """Choose the direction on validation prompts, ablate and add it on test prompts."""
@@ -197,9 +194,12 @@ class _Ablation:
         return ", ".join(["KL"] * (kl > self.set.max_kl) + ["induced"] * (induced <= self.set.min_induced))
 
     def _validation(self, cast: Cast, role: str, n: int) -> list[Prompt]:
-        """Validation prompts of a pole; by label where the poles are, or where the model plays none of them so."""
-        found = cast.validation[role].prompts if cast.poles == "behaviour" else ()
-        return list(found or dealt(self.data.role(role, "validation"), self.set.casting.seed))[:n]
+        """Validation prompts of a pole, look-alikes left out (near refusal as they are, ablation has to move them); by label where the
+        poles are, or where the model plays none of them so.
+        """
+        filled = cast.validation[role].prompts if cast.poles == "behaviour" else ()
+        labelled = dealt(self.data.role(role, "validation"), self.set.casting.seed)
+        return ([p for p in filled if not p.lookalike] or [p for p in labelled if not p.lookalike])[:n]
 
     def _dealt_anew(self, cast: Cast) -> list[tuple[list[Prompt], list[Prompt]]]:
         """The poles' prompts dealt to two sides, each with as many of either pole.

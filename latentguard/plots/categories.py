@@ -78,7 +78,7 @@ def rates_by_set(rows: Rows, *, title: str) -> Figure:
 
 def _heat(axis, values: np.ndarray, columns: list[str], lines: list[str]) -> None:  # noqa: ANN001
     axis.imshow(values, cmap="cividis", vmin=0, vmax=1)
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=8.5)
+    axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8.5)
     axis.set_yticks(range(len(lines)), lines, fontsize=8.5)
     for i in range(values.shape[0]):
         for j in range(values.shape[1]):

@@ -27,6 +27,7 @@ GROUPS = {
     "template": ("#CC79A7", "^", "jailbreak: template"),
     "suffix": ("#009E73", "D", "jailbreak: suffix"),
     "persuasion": ("#000000", "X", "jailbreak: persuasion"),
+    "elsewhere": ("#7F7F7F", "P", "another data set"),
 }
 
 
