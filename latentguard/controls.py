@@ -13,10 +13,25 @@ from latentguard.prompts import Prompt
 RESAMPLES = 200
 
 
+def mixed_sides(high: Sequence[Prompt], low: Sequence[Prompt], seed: int, draws: int) -> list[tuple[list[Prompt], list[Prompt]]]:
+    """Two sides that mean nothing, drawn anew: each holds half of either pole.
+
+    A free shuffle leaves the sides with unequal shares, and its difference still points along the poles' own.
+    """
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+        for pole in (high, low):
+            order, half = generator.permutation(len(pole)), len(pole) // 2
+            for side, rows in zip(sides, (order[:half], order[half : 2 * half]), strict=True):
+                side += [pole[i] for i in rows]
+        found.append(sides)
+    return found
+
+
 def shuffled_labels(states: Activations, high: Sequence[Prompt], low: Sequence[Prompt], like: Direction, seed: int) -> Direction:
-    """The difference of means of the same prompts with their labels shuffled, at the norm of `like` at every layer."""
-    mixed = [[*high, *low][i] for i in np.random.default_rng(seed).permutation(len(high) + len(low))]
-    made = mean_difference(states, mixed[: len(high)], mixed[len(high) :], position=like.position, name="shuffled")
+    """The difference of means of two mixed sides, at the norm of `like` at every layer."""
+    made = mean_difference(states, *mixed_sides(high, low, seed, 1)[0], position=like.position, name="shuffled")
     size = like.vectors.norm(dim=-1, keepdim=True) / made.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return replace(made, vectors=made.vectors * size, method=f"shuffled_labels(seed={seed})")
 

@@ -73,11 +73,14 @@ def mean(values: Numbers) -> Value:
 
 def clustered_rate(hits: Sequence[Sequence[bool]]) -> Value:
     """The share of True where each row holds the answers to one prompt (draws, rewrites): prompts are resampled, not
-    answers, so answers to one prompt do not count as independent.
+    answers, so answers to one prompt do not count as independent. Where all prompts agree, Wilson's interval over prompts.
     """
     if not hits:
         return Value(math.nan, math.nan, math.nan, 0)
     k, n = np.array([sum(row) for row in hits], float), np.array([len(row) for row in hits], float)
+    if (k / n).std() == 0:  # no resample can differ: as many prompts as there are, each counted once
+        found = wilson(round(k.sum() / n.sum() * len(hits)), len(hits))
+        return Value(float(k.sum() / n.sum()), found.low, found.high, len(hits))
     at = _resamples(len(hits))
     return Value(float(k.sum() / n.sum()), *_percentiles(k[at].sum(1) / n[at].sum(1)), len(hits))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from latentguard.backends import Backend
 from latentguard.behaviour import Judged, divergence, refusal_log_odds
+from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, cosine, mean_difference, random_like
 from latentguard.errors import InputError
@@ -28,7 +29,7 @@ from latentguard.experiments import Row, opening
 from latentguard.interventions import Ablate, Add, Cell, Grid
 from latentguard.judges import Judge
 from latentguard.layers import check_layer, resolve_layers
-from latentguard.metrics import clustered_rate, mean, paired_difference, rate, wilson
+from latentguard.metrics import clustered_rate, mean, paired_difference, rate
 from latentguard.plots import ablation as plots
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
@@ -132,7 +133,10 @@ class _Ablation:
         chosen = choose(candidates)
         log.info("chosen: %s, layer %s, score %.2f, KL %.3f, induced %.2f", *(chosen[key] for key in ("position", "layer", "score", "kl", "induced")))
         direction, layer = self.directions[chosen["position"]], chosen["layer"]
-        shuffled = [mean_difference(states, *sides, position=direction.position, name="shuffled") for sides in self._dealt_anew(cast)]
+        shuffled = [
+            mean_difference(states, *sides, position=direction.position, name="shuffled")
+            for sides in mixed_sides(cast.high, cast.low, self.set.casting.seed, self.set.shuffles)
+        ]
         self.tracker.direction(replace(everywhere(direction, layer), name="refuse_ablated"))
         conditions = self._conditions(direction, shuffled, layer)
         table, refused = self._test(conditions)
@@ -200,23 +204,6 @@ class _Ablation:
         filled = cast.validation[role].prompts if cast.poles == "behaviour" else ()
         labelled = dealt(self.data.role(role, "validation"), self.set.casting.seed)
         return ([p for p in filled if not p.lookalike] or [p for p in labelled if not p.lookalike])[:n]
-
-    def _dealt_anew(self, cast: Cast) -> list[tuple[list[Prompt], list[Prompt]]]:
-        """The poles' prompts dealt to two sides, each with as many of either pole.
-
-        A free shuffle leaves the sides with unequal shares, so its difference still points along the poles' own; and ablation, which
-        does not look at a vector's length, would remove the refusal direction all the same.
-        """
-        generator = np.random.default_rng(self.set.casting.seed)
-        found = []
-        for _ in range(self.set.shuffles):
-            sides: tuple[list[Prompt], list[Prompt]] = ([], [])
-            for pole in (cast.high, cast.low):
-                order, half = generator.permutation(len(pole)), len(pole) // 2
-                for side, rows in zip(sides, (order[:half], order[half : 2 * half]), strict=True):
-                    side += [pole[i] for i in rows]
-            found.append(sides)
-        return found
 
     def _conditions(self, direction: Direction, shuffled: Sequence[Direction], layer: int) -> Lists:
         """What is done to test prompts: one cell, or one a draw."""
@@ -352,14 +339,13 @@ def counted(draws: Sequence[Sequence[Judged]]) -> Row:
     about = {"draws": len(draws), "lowest_draw": min(each), "highest_draw": max(each), "degenerate": odd.k, "degenerate_rate": odd.rate}
     if len(draws) == 1:
         return {**rate(hits[0]).as_dict(), **about}
-    pooled = clustered_rate(list(zip(*hits, strict=True)))
-    spread = wilson(round(pooled.value * pooled.n), pooled.n) if pooled.low == pooled.high else pooled
+    spread = clustered_rate(list(zip(*hits, strict=True)))
     return {
         "k": sum(map(sum, hits)),
-        "n": pooled.n,
-        "rate": pooled.value,
-        "low": min(spread.low, pooled.value),
-        "high": max(spread.high, pooled.value),
+        "n": spread.n,
+        "rate": spread.value,
+        "low": min(spread.low, spread.value),
+        "high": max(spread.high, spread.value),
         **about,
     }
 

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
+from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset, load_dataset
 from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, ngrams
 from latentguard.directions import Activations
@@ -132,16 +133,14 @@ class FinalToken:
     def _detectors(self, backend: Backend, states: Activations, sets: dict[str, Sets], fit: tuple[str, str]):  # noqa: ANN202
         """(name, position, prompts → scores) of every detector."""
         high, low = (sets["train"][name] for name in fit)
-        generator = np.random.default_rng(self.seed)
         for position in self.positions:
             guard = LatentGuard.fit(states, high, low, position=position)
             layer = best_layer(guard, *(states.at(position, sets["validation"].get(name, [])) for name in fit))
             for name, fitted in (("", guard), ("_one_layer", guard.at_layer(layer)), ("projection_one_layer", Projection.fit(guard, layer))):
                 full = name if name.startswith("projection") else f"latent_guard{name}"
                 yield full, position, lambda ps, g=fitted, at=position: g.score(states.at(at, ps)).numpy()
-            for _ in range(self.shuffles):
-                mixed = [[*high, *low][i] for i in generator.permutation(len(high) + len(low))]
-                control = LatentGuard.fit(states, mixed[: len(high)], mixed[len(high) :], position=position)
+            for sides in mixed_sides(high, low, self.seed, self.shuffles):
+                control = LatentGuard.fit(states, *sides, position=position)
                 yield SHUFFLED, position, lambda ps, g=control, at=position: g.score(states.at(at, ps)).numpy()
         rendered = {p.id: item for p, item in zip(states.prompts, backend.render(list(states.prompts)), strict=True)}
         last = {key: [item.ids[item.user_tokens[-1]]] for key, item in rendered.items()}

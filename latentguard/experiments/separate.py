@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
+from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset
 from latentguard.detectors import LatentGuard
 from latentguard.directions import Activations
@@ -81,12 +82,9 @@ class Separate:
 
     def _shuffled(self, states: Activations, cast: Cast, position: str, groups: dict, inside: list[int]) -> dict[str, Row]:
         """The control: the same poles' prompts with their labels shuffled; the spread of s that labels without meaning give."""
-        everyone, generator = [*cast.high, *cast.low], np.random.default_rng(self.casting.seed)
         found: dict[str, list[float]] = {group: [] for group in groups}
-        for _ in range(self.shuffles):
-            order = generator.permutation(len(everyone))
-            mixed = [everyone[i] for i in order]
-            guard = LatentGuard.fit(states, mixed[: len(cast.high)], mixed[len(cast.high) :], position=position)
+        for sides in mixed_sides(cast.high, cast.low, self.casting.seed, self.shuffles):
+            guard = LatentGuard.fit(states, *sides, position=position)
             for group, prompts in groups.items():
                 if prompts:
                     found[group].append(float(guard.separation(states.at(position, prompts))[:, inside].mean()))
