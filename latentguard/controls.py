@@ -39,7 +39,8 @@ def shuffled_labels(states: Activations, high: Sequence[Prompt], low: Sequence[P
 def cosine_by_layer(states: Activations, high: Sequence[Prompt], low: Sequence[Prompt], places: tuple[str, str]) -> tuple[list[dict[str, Any]], Value]:
     """Cosine of the differences of means at two positions, layer by layer, and its mean over layers 1 … L.
 
-    Intervals: percentiles of 200 resamples of the prompts of each pole. `ceiling`: the cosine that two halves of the same
+    Intervals: 200 resamples of the prompts of each pole, centred on the value, since resampling adds noise that only lowers a
+    cosine. `ceiling`: the cosine that two halves of the same
     prompts reach at one position, the geometric mean of both positions; a cosine cannot be expected above it.
     """
     sides = [[states.at(place, side).double().numpy() for side in (high, low)] for place in places]
@@ -47,20 +48,21 @@ def cosine_by_layer(states: Activations, high: Sequence[Prompt], low: Sequence[P
     found = _cosines(*(a.mean(0) - b.mean(0) for a, b in sides))
     drawn = np.stack([_resampled(sides, generator) for _ in range(RESAMPLES)])
     ceilings = [np.mean([_halves(a, b, generator) for _ in range(20)], 0) for a, b in sides]
-    rows = [
-        {
-            "layer": layer,
-            "value": float(found[i]),
-            **dict(zip(("low", "high"), map(float, np.nanpercentile(drawn[:, i], [2.5, 97.5])), strict=True)),
-            "n": len(high) + len(low),
-            "ceiling": float(np.sqrt(max(0.0, ceilings[0][i] * ceilings[1][i]))),
-        }
-        for i, layer in enumerate(states.layers)
-        if np.isfinite(found[i])
-    ]
     above = [i for i, layer in enumerate(states.layers) if layer > 0]
-    low_, high_ = np.nanpercentile(np.nanmean(drawn[:, above], 1), [2.5, 97.5])
-    return rows, Value(float(np.nanmean(found[above])), float(low_), float(high_), len(high) + len(low))
+    whole = Value(float(np.nanmean(found[above])), *_centred(float(np.nanmean(found[above])), np.nanmean(drawn[:, above], 1)), len(high) + len(low))
+    rows = []
+    for i, layer in enumerate(states.layers):
+        if np.isfinite(found[i]):
+            lower, upper = _centred(float(found[i]), drawn[:, i])
+            reach = float(np.sqrt(max(0.0, ceilings[0][i] * ceilings[1][i])))
+            rows.append({"layer": layer, "value": float(found[i]), "low": lower, "high": upper, "n": whole.n, "ceiling": reach})
+    return rows, whole
+
+
+def _centred(value: float, drawn: np.ndarray) -> tuple[float, float]:
+    """The 95% spread of resamples about their own mean, put around the value; within −1 … 1."""
+    low, high = np.nanpercentile(drawn, [2.5, 97.5]) - np.nanmean(drawn)
+    return max(-1.0, value + float(low)), min(1.0, value + float(high))
 
 
 def _cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
