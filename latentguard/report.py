@@ -182,7 +182,7 @@ def _section(folder: Path, name: str, summary: Summary) -> Section:
     if summary.get("poles"):
         chips.append(f"poles by {summary['poles']}")
     if summary.get("cells"):
-        chips.append(", ".join(f"{_number(count)} {key.replace('_', ' ')}" for key, count in summary["cells"].items()))
+        chips.append(", ".join(_counted(key.replace("_", " "), count) for key, count in summary["cells"].items()))
     if summary.get("seconds") is not None:
         chips.append(_duration(summary["seconds"]))
     ours: list[Block] = [_picture(folder, figure) for figure in summary.get("figures", ())]
@@ -194,6 +194,13 @@ def _section(folder: Path, name: str, summary: Summary) -> Section:
     theirs += [_published(table) for table in tables]
     lead = str(summary.get("claim") or summary.get("why"))
     return Section(name, place, STATUS[status], chips, lead, ours, theirs or ["The paper has no number for this."])
+
+
+def _counted(name: str, count: object) -> str:
+    """A role's number; 12 of 40 asked where it is known."""
+    if isinstance(count, Mapping):
+        return f"{name} {count['n']} of {count['asked']} asked" + (" (short)" if count.get("withheld") else "")
+    return f"{name} {count}" if isinstance(count, str) else f"{_number(count)} {name}"
 
 
 def _picture(folder: Path, name: str) -> Block:

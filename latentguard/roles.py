@@ -66,6 +66,11 @@ class Cast:
         parts = [self.high, self.low, *(f.prompts for f in (*self.validation.values(), *self.test.values())), *self.labelled.values()]
         return list({prompt.id: prompt for part in parts for prompt in part}.values())
 
+    def apart(self, prompts: Iterable[Prompt]) -> list[Prompt]:
+        """Those whose group lies in no pole: a jailbreak that wraps a pole's own request is not held out."""
+        taken = {p.group for p in (*self.high, *self.low)}
+        return [p for p in prompts if p.group not in taken]
+
     def short(self, *roles: str) -> str:
         """'' where the poles and these roles carry a claim about behaviour, else 'insufficient_base_rate'."""
         return self.withheld or next((self.test[role].withheld for role in roles if self.test[role].withheld), "")

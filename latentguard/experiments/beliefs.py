@@ -49,7 +49,9 @@ class Beliefs:
         places = (self.harm_position, self.refuse_position)
         find_places(backend, data, places)
         cast = self.casting(backend, data, judge, tracker)
-        broken = {kind: self.casting.find(f"accepted_{kind}", data.role(kind), self.n_jailbreaks, backend, judge, tracker) for kind in self.jailbreaks}
+        broken = {
+            kind: self.casting.find(f"accepted_{kind}", cast.apart(data.role(kind)), self.n_jailbreaks, backend, judge, tracker) for kind in self.jailbreaks
+        }
         groups = ({"refused_harmful": cast.test["refused_harmful"].prompts} if broken else held_out(cast)) | {k: f.prompts for k, f in broken.items()}
         states = backend.read([*cast.high, *cast.low, *(p for prompts in groups.values() for p in prompts)], "all", places)
         harm, refuse = (LatentGuard.fit(states, cast.high, cast.low, position=place) for place in places)

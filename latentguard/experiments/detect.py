@@ -64,7 +64,7 @@ class Detect:
         groups = {role: cast.test[role].prompts for role in FOUR}
         asked = {role: (cast.test[role].asked, cast.test[role].withheld) for role in FOUR}
         for kind in self._kinds(data):
-            found = self.casting.find(f"accepted_{kind}", data.role(kind), self.n_jailbreaks, backend, judge, tracker)
+            found = self.casting.find(f"accepted_{kind}", cast.apart(data.role(kind)), self.n_jailbreaks, backend, judge, tracker)
             groups[kind], asked[kind] = found.prompts, (found.asked, found.withheld)
         groups |= cast.labelled
         high = list(cast.high)
