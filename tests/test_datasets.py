@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from latentguard.configs import options
-from latentguard.datasets import SPLITS, load_dataset
+from latentguard.datasets import ROLES, SPLITS, load_dataset
 from latentguard.errors import InputError
 from latentguard.prompts import Prompt, as_prompts, set_terminal
 from tests.conftest import SHARED
@@ -150,3 +150,48 @@ def test_every_named_set_loads_from_the_mirror(name, caplog):
     assert "is not the file" not in caplog.text
     marks = {p.instruction[-1] for p in every if not p.exempt}
     assert marks <= {"."}
+
+
+def test_what_a_data_set_carries_changes_nothing_about_its_hash(tmp_path):
+    rows = [{"prompt": f"request {k}", "label": ("harmful", "harmless")[k % 2]} for k in range(40)]
+    path = write(tmp_path / "mine.jsonl", rows)
+    plain, named = load_dataset(path), load_dataset(path, roles={"template": (path,)})
+    assert plain.hash == named.hash and plain.spec.roles is None and named.spec.roles == {"template": (path,)}
+    assert load_dataset(named.spec, terminal="keep").hash != named.hash
+
+
+def test_a_spec_loads_again_as_it_was_but_for_what_is_changed(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"prompt": f"request {k}?", "label": ("harmful", "harmless")[k % 2]} for k in range(60)])
+    first = load_dataset(path, seed=3, split=(0.6, 0.1, 0.3))
+    again, raw = load_dataset(first.spec), load_dataset(first.spec, terminal="keep")
+    assert again.hash == first.hash and again.card == first.card
+    for split in SPLITS:
+        ours = {p.group for p in getattr(first, split)}
+        assert ours == {p.group for p in getattr(raw, split)}, "another final mark deals the same splits"
+    assert {p.instruction[-1] for p in raw} == {"?"} and {p.instruction[-1] for p in first} == {"."}
+
+
+def test_the_roles_of_the_paper_s_option_name_sets_that_exist():
+    from latentguard.configs import option
+
+    roles = option("data", "paper")["roles"]
+    assert set(ROLES) < set(roles) and {name for sets in roles.values() for name in sets} <= set(options("data"))
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the public sets are not beside this checkout")
+def test_the_paper_s_roles_are_filled_from_the_mirror():
+    data = load_dataset("paper", mirror=str(SHARED / "data"))
+    for role in ROLES:
+        everyone = data.role(role)
+        assert len(everyone) == len({p.id for p in everyone}) >= 100
+        assert {p.harmful for p in everyone} == {role.endswith("harmful")} and {p.source for p in everyone} <= set(data.spec.roles[role])
+    for kind in ("template", "suffix", "persuasion"):
+        assert all(p.harmful and p.exempt for p in data.role(kind))
+    assert len({p.category for p in data.role("categories")}) >= 10
+
+
+@pytest.mark.parametrize("roles", [{"template": "jailbreaks.jsonl"}, {"template": 3}, ["template"]])
+def test_roles_of_another_shape_are_one_sentence(roles, tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"prompt": "x", "label": "harmful"}])
+    with pytest.raises(InputError, match="data.roles"):
+        load_dataset(path, roles=roles)

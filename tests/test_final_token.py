@@ -13,7 +13,7 @@ from latentguard.judges import Phrases
 from latentguard.trackers import Memory
 from tests.planted import Planted, dataset_of, everything, write
 
-MARK, HARM, JITTER = 1.5, 0.3, 0.45
+MARK, HARM, JITTER = 1.5, 0.2, 0.45
 SETTINGS = {"positions": ("t_inst", "t_inst-1", "t_post_inst"), "shuffles": 6}
 FIT, NEW = ("advbench", "alpaca"), ("sorry_bench", "xstest: harmful", "xstest: lookalike")
 
@@ -80,8 +80,9 @@ def test_the_baselines_know_marks_and_words_only(area):
     assert area["ngram", "text", "period", "within"]["value"] == 1 and area["ngram", "text", "period", "matched"]["value"] < 0.7
 
 
-def test_a_position_before_the_mark_never_knew(area):
-    assert all(0.2 < area["latent_guard", "t_inst-1", "keep", kind]["value"] < 0.8 for kind in ("within", "across"))
+def test_a_position_that_was_not_planted_knows_nothing(area):
+    for terminal in ("strip", "period"):
+        assert all(abs(area["latent_guard", "t_inst-1", terminal, kind]["value"] - 0.5) < 0.2 for kind in ("within", "across", "matched"))
 
 
 def test_shuffled_labels_straddle_chance(area):

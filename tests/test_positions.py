@@ -156,3 +156,77 @@ def test_a_base_model_without_template_says_what_to_do():
     with pytest.raises(InputError, match="template=plain"):
         Template(tiny_tokenizer(""))
     assert Template(tiny_tokenizer(""), "plain").render(Prompt.of("Once upon")).text == "Once upon"
+
+
+ASKED = 'User wants to open the "red" door.\nIs it harmful? Say "Yes" or "No".'
+QUESTION = 'Is it harmful? Say "Yes" or "No".'
+
+
+def test_between_is_the_text_between():
+    assert at(CHATML, ASKED, f"between('User wants to ', '{QUESTION}')") == 'open the "red" door.\n'
+    assert at(CHATML, ASKED, f"between('User wants to','{QUESTION}')") == ' open the "red" door.\n', "blanks around the comma do not matter"
+    assert at(CHATML, ASKED, "between(\"User\", 'wants')") == " "
+    assert at(CHATML, "a, b, c, d", "between('a, ', ', d')") == "b, c", "a comma in a text divides nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_between_looks_into_the_instruction_only(family):
+    """The template's own words and an earlier turn's are no boundary."""
+    assert at(FAMILIES[family], "go from user to user now", "between('from', 'now')") == " user to user "
+    with pytest.raises(InputError, match="in this order"):
+        at(FAMILIES[family], "hello there", "between('hello', 'assistant')")
+    talk = [{"role": "user", "content": "A one Z"}, {"role": "assistant", "content": "A two Z"}, {"role": "user", "content": "A three Z"}]
+    assert at(FAMILIES[family], as_prompts(talk)[0], "between('A', 'Z')") == " three "
+
+
+def test_between_spans_from_the_first_to_the_last():
+    assert at(CHATML, "A b A c Z d Z", "between('A', 'Z')") == " b A c Z d "
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("between('door', 'open')", "in this order"),
+        ("between('open', 'window')", "in this order"),
+        ("between('window', 'open')", "in this order"),
+        ("between('open', 'pen')", "in this order"),
+        ("between('open ', 'the')", "no token lies wholly"),
+    ],
+)
+def test_texts_that_do_not_stand_in_order_are_said(name, says):
+    with pytest.raises(InputError, match=says):
+        at(CHATML, "open the door", name)
+
+
+@pytest.mark.parametrize("name", ["between('a')", "between(a, b)", "between('a' 'b')", "between('', 'b')", "between('a', '')", "between('a', 'b'"])
+def test_between_needs_two_texts(name):
+    with pytest.raises(InputError, match="give one of"):
+        parse_position(name)
+
+
+def test_between_is_many_tokens():
+    with pytest.raises(InputError, match="mean"):
+        parse_position("between('a', 'b')", reading=True)
+    assert parse_position("mean(between('a', 'b'))", reading=True).mean
+
+
+def test_a_token_across_a_boundary_is_not_between():
+    from latentguard.positions import Rendered
+
+    joined = Rendered("<u>say the word</u>", (0, 1, 2, 3, 4), ((0, 3), (3, 6), (6, 10), (10, 15), (15, 19)), (3, 15))
+    assert parse_position("between('say', 'word')").tokens(joined) == [2], "the blank of ' word' lies before the text 'word'"
+    with pytest.raises(InputError, match="no token lies wholly"):
+        parse_position("between('say ', 'word')").tokens(joined)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_without_its_suffix_ends_with_the_instruction(family):
+    text = "Tell me more."
+    whole, cut = (Template(tiny_tokenizer(FAMILIES[family])).render(Prompt.of(text, suffix=suffix)) for suffix in (True, False))
+    assert cut.text.endswith(text) and whole.text.startswith(cut.text) and len(whole) > len(cut)
+    assert cut.ids == whole.ids[: len(cut)] and (cut.user, cut.user_tokens) == (whole.user, whole.user_tokens)
+    for name in ("t_inst", "t_inst-2", "last_word", "user", "before('more')"):
+        assert parse_position(name).tokens(cut) == parse_position(name).tokens(whole)
+    for name in ("t_post_inst", "post(1)"):
+        with pytest.raises(InputError, match="adds nothing after"):
+            parse_position(name).tokens(cut)

@@ -1,5 +1,7 @@
 """The store answers what was computed before, in any order, and heals itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -98,3 +100,70 @@ def test_damaged_entries_are_computed_again(counted, prompts, tmp_path, damage):
     assert stored.generate(prompts, max_new_tokens=4) == replies
     assert (counted.read_prompts, counted.replies) == (2 * len(prompts), 2 * len(prompts))
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()], "no half-written file stays"
+
+
+class Watched(Counting):
+    """Keeps what it was asked to read."""
+
+    def __init__(self, backend):
+        super().__init__(backend)
+        self.asked = []
+
+    def read(self, prompts, layers, positions):
+        self.asked.append((len(prompts), tuple(positions)))
+        return super().read(prompts, layers, positions)
+
+
+def test_each_position_is_read_once_in_whatever_company(tiny, prompts, tmp_path):
+    watched = Watched(tiny)
+    stored = Stored(watched, tmp_path)
+    stored.read(prompts, "all", ["t_inst", "t_post_inst"])
+    stored.read(prompts, "all", ["t_post_inst"])
+    stored.read(prompts, "all", ["t_post_inst", "t_inst"])
+    assert watched.asked == [(len(prompts), ("t_inst", "t_post_inst"))], "nothing is read anew in another order or alone"
+    stored.read(prompts, "all", ["mean(user)", "t_inst"])
+    assert watched.asked[1:] == [(len(prompts), ("mean(user)",))], "what is known is not read again beside what is new"
+    everything = stored.read(prompts, "all", ["t_post_inst", "mean(user)", "t_inst"])
+    assert len(watched.asked) == 2
+    torch.testing.assert_close(everything.values, tiny.read(prompts, "all", ["t_post_inst", "mean(user)", "t_inst"]).values, atol=1e-5, rtol=0)
+    assert everything.positions == ("t_post_inst", "mean(user)", "t_inst") and everything.prompts == tuple(prompts)
+
+
+def test_new_prompts_and_new_positions_together_are_right(tiny, prompts, tmp_path):
+    watched = Watched(tiny)
+    stored = Stored(watched, tmp_path)
+    stored.read(prompts[:2], 2, ["t_inst"])
+    stored.read(prompts[3:5], 2, ["t_post_inst"])
+    found = stored.read(prompts, 2, ["t_inst", "t_post_inst"])
+    torch.testing.assert_close(found.values, tiny.read(prompts, 2, ["t_inst", "t_post_inst"]).values, atol=1e-5, rtol=0)
+    before = len(watched.asked)
+    assert torch.equal(stored.read(prompts, 2, ["t_post_inst"]).values[:, :, 0], found.values[:, :, 1]) and len(watched.asked) == before
+
+
+def test_places_that_are_the_same_tokens_share_an_entry(tiny, prompts, tmp_path):
+    watched = Watched(tiny)
+    stored = Stored(watched, tmp_path)
+    tail = len(tiny.render(prompts[:1])[0]) - 1 - tiny.render(prompts[:1])[0].user_tokens[-1]
+    states = stored.read(prompts, 2, ["t_post_inst"])
+    assert torch.equal(stored.read(prompts, 2, [f"post({tail})"]).values, states.values) and len(watched.asked) == 1
+    assert not torch.equal(stored.read(prompts, 2, ["mean(user)"]).values, states.values) and len(watched.asked) == 2
+
+
+def test_one_damaged_position_is_read_again_and_the_others_stay(tiny, prompts, tmp_path):
+    watched = Watched(tiny)
+    stored = Stored(watched, tmp_path)
+    states = stored.read(prompts, 2, ["t_inst", "t_post_inst"]).values
+    path = next(tmp_path.rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:40])
+    torch.testing.assert_close(stored.read(prompts, 2, ["t_inst", "t_post_inst"]).values, states, atol=1e-5, rtol=0)
+    assert len(watched.asked) == 2 and watched.asked[1][0] == 1 and len(watched.asked[1][1]) == 1
+
+
+def test_a_prompt_without_its_suffix_has_replies_of_its_own(counted, tiny, prompts, tmp_path):
+    stored, cut = Stored(counted, tmp_path), [replace(p, suffix=False) for p in prompts]
+    for given in (prompts, cut, prompts, cut):
+        assert [r.tokens for r in stored.generate(given, max_new_tokens=4)] == [r.tokens for r in tiny.generate(given, max_new_tokens=4)]
+    assert counted.replies == 2 * len(prompts)
+    stored.read(prompts, 2)
+    stored.read(cut, 2)
+    assert counted.read_prompts == 2 * len(prompts), "the rendered tokens are the key"

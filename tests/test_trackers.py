@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
-from latentguard.trackers import Files, Wandb
+from latentguard.directions import Direction
+from latentguard.trackers import Files, Memory, Wandb, Within
 
 SENTINEL = "SENTINELxREPLYx90210"
 ROW = {
@@ -83,3 +85,64 @@ def test_an_offline_run_reads_back(staging):
     text = read.stdout
     assert '"claim"' in text or "claim" in text
     assert "rate/n" in text and "tiny" in text
+
+
+def a_direction(name="harm"):
+    vectors = torch.ones(2, 3)
+    return Direction(vectors, (0, 1), "t_inst", "mean_difference", "m", "w", 1, 4, 4, "d", torch.ones(2), name)
+
+
+def test_a_study_within_a_series_signs_its_rows_and_names():
+    tracker = Memory()
+    for study in ("steer_harm", "steer_refusal"):
+        part = Within(tracker, study)
+        part.rows([{"value": 1}, {"value": 2, "prompt_id": "p"}])
+        part.figure("by_layer", a_figure(), [{"of": study}])
+        part.direction(a_direction())
+        part.summary({"claim": study})
+        part.page(lambda folder: folder)
+    assert [(row["study"], row["value"]) for row in tracker.all_rows] == [(s, v) for s in ("steer_harm", "steer_refusal") for v in (1, 2)]
+    assert tracker.figures == {f"{study}_by_layer": [{"of": study}] for study in ("steer_harm", "steer_refusal")}
+    assert [d.name for d in tracker.directions] == ["steer_harm_harm", "steer_refusal_harm"]
+    assert tracker.summaries == {}, "the series writes one for all"
+
+
+def test_a_figure_that_bears_the_studys_name_keeps_it():
+    part = Within(Memory(), "beliefs")
+    assert [part.named(name) for name in ("beliefs", "beliefs_more", "replies")] == ["beliefs", "beliefs_more", "beliefs_replies"]
+
+
+@pytest.mark.parametrize(("first", "second", "figure"), [("cat", "categories", "categories"), ("be", "bel", "beliefs"), ("a", "b", "a_b")])
+def test_two_studies_never_give_a_figure_one_name(first, second, figure):
+    assert Within(Memory(), first).named(figure) != Within(Memory(), second).named(figure)
+
+
+def test_a_study_within_a_series_within_a_series_signs_with_its_own_name():
+    tracker = Memory()
+    Within(Within(tracker, "positions"), "separation").rows([{"value": 1}])
+    (row,) = tracker.all_rows
+    assert row["study"] == "separation"
+
+
+def test_a_page_is_written_into_the_runs_folder(tmp_path):
+    def write(folder):
+        (folder / "page.html").write_text("hello")
+        return folder / "page.html"
+
+    with Files(tmp_path / "run") as tracker:
+        tracker.page(write)
+    assert (tmp_path / "run" / "page.html").read_text() == "hello"
+    Memory().page(lambda _: pytest.fail("there is no folder to write into"))
+
+
+def test_figures_of_replies_stay_marked_within_a_series():
+    seen = []
+
+    class Marks(Memory):
+        def figure(self, name, figure, data, *, replies=False):
+            seen.append((name, replies))
+
+    part = Within(Marks(), "steer_harm")
+    part.figure("replies", a_figure(), [], replies=True)
+    part.figure("rates", a_figure(), [])
+    assert seen == [("steer_harm_replies", True), ("steer_harm_rates", False)]
