@@ -103,11 +103,20 @@ class Dataset:
             return [p for split in splits or SPLITS for label in wanted for p in getattr(self, split).labelled(label)]
         if role in ROLES and wanted != ("harmful",):
             wanted = ("harmless", "lookalike")
-        found: list[Prompt] = []
+        own = {p.source for p in self}
+        home = {prompt.group: split for split in SPLITS for prompt in getattr(self, split)}
+        found: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+        seen: set[str] = set()
         for name in sets:
-            part = self if name in {p.source for p in self} else self._other(name)
-            found += [p for split in splits or SPLITS for p in getattr(part, split) if p.label in wanted and (part is not self or p.source == name)]
-        return found
+            part = self if name in own else self._other(name)
+            for split in SPLITS:
+                for prompt in getattr(part, split):
+                    if prompt.label in wanted and (part is not self or prompt.source == name) and (same := _same(prompt)) not in seen:
+                        seen.add(same)  # a group keeps to one split, whichever set it comes from
+                        found[home.setdefault(prompt.group, split)].append(prompt)
+        if not seen:
+            raise InputError(f"data.roles.{role}={list(sets)}: no {' or '.join(wanted)} prompt in there; name a set that has some")
+        return [prompt for split in splits or SPLITS for prompt in found[split]]
 
     def names(self, role: str) -> bool:
         """Whether sets are named for a role."""

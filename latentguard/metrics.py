@@ -93,7 +93,11 @@ def auroc(positive: Numbers, negative: Numbers) -> Value:
     wins = (high[:, None] > low).astype(np.float32) + np.float32(0.5) * (high[:, None] == low)
     a, b = _counts(len(high), 0), _counts(len(low), 1)
     drawn = ((a @ wins) * b).sum(1) / (len(high) * len(low))
-    return Value(float(wins.mean()), *_percentiles(drawn), len(high) + len(low))
+    bounds = _percentiles(drawn)
+    if bounds[0] == bounds[1]:  # no resample differs: as unsure as a rate over the smaller side
+        found = wilson(round(float(wins.mean()) * min(len(high), len(low))), min(len(high), len(low)))
+        bounds = (found.low, found.high)
+    return Value(float(wins.mean()), *bounds, len(high) + len(low))
 
 
 def tpr_at_fpr(positive: Numbers, negative: Numbers, fpr: float) -> Value:
@@ -121,7 +125,11 @@ def pearson(x: Numbers, y: Numbers) -> Value:
 
 def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Value:
     """Rate of `first` − rate of `second` on the same prompts, with a bootstrap interval over prompts."""
-    return mean(np.asarray(first, float) - np.asarray(second, float))
+    found = mean(np.asarray(first, float) - np.asarray(second, float))
+    if found.n and found.low == found.high:  # all agree: as unsure as a rate of 0 over as many
+        margin = wilson(0, found.n).high
+        return Value(found.value, max(-1.0, found.value - margin), min(1.0, found.value + margin), found.n)
+    return found
 
 
 def split_half(rows: np.ndarray, compare: Callable[[np.ndarray, np.ndarray], float], seed: int = 0, draws: int = 20) -> float:

@@ -108,6 +108,8 @@ class Casting:
         for name in ("n_poles", "n_test", "n_validation", "patience", "max_new_tokens"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker, *, only_poles: bool = False) -> Cast:
         """Ask the model, unsteered, until the roles are full or their prompts are used up."""

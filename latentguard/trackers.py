@@ -90,8 +90,8 @@ class Within:
         self.tracker, self.study = tracker, study
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """With the study's name."""
-        self.tracker.rows([{"study": self.study, **row} for row in rows])
+        """With the study's name; a series within a series: positions/inversion."""
+        self.tracker.rows([{**row, "study": f"{self.study}/{row['study']}" if "study" in row else self.study} for row in rows])
 
     def figure(self, name: str, figure: "Figure", data: Sequence[Mapping[str, Any]], *, replies: bool = False) -> None:
         """Under `named`."""
@@ -99,7 +99,7 @@ class Within:
 
     def named(self, name: str) -> str:
         """A figure's name in the series."""
-        return name if name.startswith(self.study) else f"{self.study}_{name}"
+        return name if name == self.study or name.startswith(f"{self.study}_") else f"{self.study}_{name}"
 
     def direction(self, direction: Direction) -> None:
         """Under the study's name."""
@@ -199,10 +199,10 @@ class Wandb(Files):
         self.run.finish(exit_code=0 if kind is None else 1)
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Kept for one table at the end; without replies unless `generations: full`."""
+        """Those with a verdict are kept for one table at the end; without replies unless `generations: full`."""
         super().rows(rows)
         hidden = () if self._full else _SAID
-        self._table += [{key: value for key, value in _plain(row).items() if key not in hidden} for row in rows]
+        self._table += [{key: value for key, value in _plain(row).items() if key not in hidden} for row in rows if "verdict" in row]
 
     def figure(self, name: str, figure: "Figure", data: Sequence[Mapping[str, Any]], *, replies: bool = False) -> None:
         """As an image; figures of replies stay here unless `generations: full`."""

@@ -5,6 +5,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -43,6 +44,12 @@ def never(_: Prompt) -> bool:
 def by_label(prompt: Prompt) -> Amounts:
     """Harm along its axis at t_inst, whatever the model does."""
     return {"harm": A if prompt.harmful else -A}
+
+
+@cache
+def drawn(seed: int) -> np.ndarray:
+    """Noise for every layer of one token."""
+    return np.random.default_rng(seed).normal(size=(DEPTH + 1, WIDTH))
 
 
 @dataclass
@@ -92,9 +99,8 @@ class Planted(Backend):
 
     def _states(self, prompt, rendered, token):
         """[layer, d_model] at one token."""
-        draw = np.random.default_rng(zlib.crc32(f"{prompt.id} {token}".encode()))
-        states = draw.normal(0, self.noise, (DEPTH + 1, WIDTH))
-        states[0] = np.random.default_rng(rendered.ids[token]).normal(0, 0.3, WIDTH)
+        states = drawn(zlib.crc32(f"{prompt.id} {token}".encode())) * self.noise
+        states[0] = drawn(rendered.ids[token])[0] * 0.3
         states[:, 0] += 2.0
         for name, amount in self._axes(prompt, rendered, token).items():
             states[list(self.carries), AXES.index(name)] += amount

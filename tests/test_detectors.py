@@ -92,6 +92,15 @@ def test_fit_takes_the_means_of_its_own_prompts_only():
         LatentGuard.fit(states, prompts[:4], prompts[4:7], position="t_post_inst")
 
 
+def test_states_that_are_not_finite_are_refused_and_not_called_harmless():
+    """A model in float16 may overflow: every comparison with NaN is False, which is the verdict "harmless"."""
+    groups = {"high": states_of(4, 6), "low": states_of(3, 7)}
+    groups["high"][2, 3, 1] = float("inf")
+    states, prompts = activations(groups)
+    with pytest.raises(InputError, match="finite"):
+        LatentGuard.fit(states, prompts[:4], prompts[4:])
+
+
 def test_projection_is_zero_half_way_and_in_the_states_units(guard):
     for layer in range(LAYERS):
         projection = Projection.fit(guard, layer)

@@ -14,7 +14,7 @@ from latentguard.trackers import Memory
 from tests.planted import Planted, dataset_of, everything, write
 
 MARK, HARM, JITTER = 1.5, 0.2, 0.45
-SETTINGS = {"positions": ("t_inst", "t_inst-1", "t_post_inst"), "shuffles": 6}
+SETTINGS = {"positions": ("t_inst", "t_inst-1"), "shuffles": 6}
 FIT, NEW = ("advbench", "alpaca"), ("sorry_bench", "xstest: harmful", "xstest: lookalike")
 
 
@@ -49,8 +49,7 @@ def data(mirror):
 @pytest.fixture(scope="module")
 def ran(data):
     tracker = Memory()
-    post = loud_marks  # the last token carries it on
-    return FinalToken(**SETTINGS)(Planted(inst=loud_marks, post=post), data, Phrases(), tracker), tracker
+    return FinalToken(**SETTINGS)(Planted(inst=loud_marks), data, Phrases(), tracker), tracker
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +143,9 @@ def test_a_set_that_lacks_a_label_in_a_split_is_no_crash(tmp_path):
     """One file with three labels, of which the test split has two: the name of a set must not hang on the split."""
     split = {"harmful": ("train", "validation", "test"), "harmless": ("train", "validation"), "lookalike": ("validation", "test")}
     rows = [
-        {"id": f"{label}{k}", "prompt": f"{label} thing {k}", "label": label, "split": split[label][k % len(split[label])]} for label in split for k in range(60)
+        {"id": f"{label}{k}", "prompt": f"{label} thing {k}", "label": label, "split": split[label][k % len(split[label])]}
+        for label in split
+        for k in range(60)
     ]
     data, study = load_dataset(write(tmp_path / "mine.jsonl", rows)), FinalToken(terminals=("period",), **SETTINGS)
     study.check(8, data)

@@ -51,7 +51,7 @@ def test_auroc_is_the_share_of_pairs_in_order(seed):
 
 def test_auroc_at_its_ends():
     assert (auroc([3, 4], [1, 2]).value, auroc([1, 2], [3, 4]).value, auroc([1, 1], [1]).value) == (1.0, 0.0, 0.5)
-    assert (auroc([3, 4], [1, 2]).low, auroc([1, 1], [1, 1]).high) == (1.0, 0.5)
+    assert auroc([3, 4], [1, 2]).low < 0.5 and auroc([1, 1], [1, 1]).high > 0.5, "two prompts a side prove little, whatever resampling says"
     assert math.isnan(auroc([], [1]).value) and math.isnan(auroc([1], []).value)
 
 
@@ -134,7 +134,8 @@ def test_paired_difference_uses_the_pairs():
     first, second = [True] * 30 + [False] * 10, [True] * 20 + [False] * 20
     found = paired_difference(first, second)
     assert found.value == pytest.approx(0.25) and found.n == 40 and found.low > 0
-    assert paired_difference(first, first).as_dict() == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 40}
+    same = paired_difference(first, first)
+    assert (same.value, same.n) == (0.0, 40) and same.low == -same.high and 0 < same.high < 0.1, "forty that agree leave some doubt"
     assert paired_difference(second, first).value == -found.value
     apart = paired_difference(first, [not x for x in second])
     assert apart.high - apart.low > found.high - found.low, "the same rates unpaired lie in a wider interval"

@@ -61,12 +61,18 @@ def test_no_misbehaving_prompt_shares_a_group_with_a_pole(cast):
         assert not poles & {p.group for p in cast.validation[role].prompts} if role in POLES else True
 
 
-def test_twins_of_a_pole_are_left_out_even_where_that_empties_a_role():
-    rows = [*rows_of("harmful", 60), *rows_of("harmless", 60)]
-    everyone_twinned = [{**row, "split": "train" if int(row["id"][-3:]) < 40 else "test"} for row in rows]
-    backend = Planted(refuses=lambda p: p.harmful if p.id < "harmful-040" or not p.harmful else False)
-    cast = cast_of(dataset_of(everyone_twinned), backend)
-    assert len(cast.high) == 36 and all(int(p.id[-3:]) >= 40 for p in cast.test["accepted_harmful"].prompts)
+def test_apart_leaves_out_what_wraps_a_pole(cast):
+    pole, free = cast.high[0], cast.test["refused_harmful"].prompts[0]
+    wrapped = [Prompt.of(f"Story: {p.instruction}", id=f"w-{p.id}", group=p.group) for p in (pole, free)]
+    assert [p.id for p in cast.apart([pole, *wrapped, free])] == [f"w-{free.id}", free.id]
+
+
+def test_poles_alone_ask_train_prompts_only_and_are_the_same(cast, data):
+    backend = Planted()
+    poles = Casting(**SIZES)(backend, data, Phrases(), Memory(), only_poles=True)
+    assert (poles.poles, poles.high, poles.low, poles.test) == ("behaviour", cast.high, cast.low, {})
+    assert set(backend.asked) <= {p.id for p in data.train}
+    assert Casting(**SIZES)(Planted(refuses=never), data, Phrases(), Memory(), only_poles=True).poles == "label"
 
 
 def test_each_prompt_is_asked_once(data):
@@ -238,7 +244,7 @@ def test_the_final_mark_and_the_seed_reach_a_set_beside(mirror):
 
 
 def test_a_file_fills_a_role_with_what_fits_it(mirror):
-    data = load(mirror, roles={role: (mirror[1],) for role in ("refused_harmful", "accepted_harmless", "refused_harmless", "template")})
+    data = load(mirror, roles=dict.fromkeys(("refused_harmful", "accepted_harmless", "refused_harmless", "template"), (mirror[1],)))
     assert {p.label for p in data.role("refused_harmful")} == {p.label for p in data.role("template")} == {"harmful"}
     assert {p.label for p in data.role("accepted_harmless")} == {p.label for p in data.role("refused_harmless")} == {"harmless", "lookalike"}
     with pytest.raises(InputError, match="no such file"):

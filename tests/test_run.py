@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 
 from latentguard.configs import CONF, options
 
-QUICK = ["model=tiny", "exp.n_harmful=32", "exp.n_harmless=32", "exp.n_unsteered=2", "exp.n_control=2", "exp.n_test=3", "exp.n_grid=2", "exp.n_draw=1", "exp.draws=1", "exp.draws_reported=2", "exp.layers=[1,3]", "exp.n_validation=2", "exp.max_new_tokens=4"]  # fmt: skip
+QUICK = ["model=tiny", "exp.casting.n_poles=32", "exp.n_unsteered=2", "exp.n_control=2", "exp.n_test=3", "exp.n_grid=2", "exp.n_draw=1", "exp.draws=1", "exp.draws_reported=2", "exp.layers=[1,3]", "exp.n_validation=2", "exp.max_new_tokens=4"]  # fmt: skip
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def separated(data):
 def test_separate_finds_what_each_position_was_planted_to_know(separated):
     summary, _ = separated
     at = {(row["position"], row["group"]): row for row in summary["table"]}
-    assert (summary["status"], summary["poles"], set(g for _, g in at)) == ("ok", "behaviour", set(FOUR))
+    assert (summary["status"], summary["poles"], {g for _, g in at}) == ("ok", "behaviour", set(FOUR))
     for group in FOUR:
         harmful, refused = group.endswith("harmful"), group.startswith("refused")
         for position, up in (("t_inst", harmful), ("t_post_inst", refused)):
@@ -105,6 +105,15 @@ def test_separate_by_position_names_the_tokens_that_the_template_fixes(data):
     assert (summary["study"], list(tracker.figures)) == ("positions", ["positions"])
     tokens = {row["position"]: row["token"] for row in summary["table"]}
     assert tokens == dict.fromkeys(positions[:4], "") | {"post(1)": "<e>", "t_post_inst": "<a>"}
+
+
+def test_a_place_that_a_named_set_lacks_is_said_before_anything_is_asked(tmp_path):
+    short = write(tmp_path / "short.jsonl", [{**row, "prompt": f"Bake {row['id'][-2:]}."} for row in rows_of("lookalike", 50, "short")])
+    data = load_dataset(write(tmp_path / "main.jsonl", everything()), roles={"refused_harmless": (short,)})
+    backend = Planted()
+    with pytest.raises(InputError, match="only 3 tokens"):
+        run(Separate(positions=("t_inst-4",), casting=CASTING), data, backend)
+    assert not backend.asked, "asking takes the longest"
 
 
 def test_a_shallow_window_shows_the_layers_it_names(data):

@@ -117,11 +117,11 @@ def test_two_studies_never_give_a_figure_one_name(first, second, figure):
     assert Within(Memory(), first).named(figure) != Within(Memory(), second).named(figure)
 
 
-def test_a_study_within_a_series_within_a_series_signs_with_its_own_name():
+def test_a_study_within_a_series_within_a_series_signs_with_both_names():
     tracker = Memory()
     Within(Within(tracker, "positions"), "separation").rows([{"value": 1}])
     (row,) = tracker.all_rows
-    assert row["study"] == "separation"
+    assert row["study"] == "positions/separation"
 
 
 def test_a_page_is_written_into_the_runs_folder(tmp_path):

@@ -37,6 +37,9 @@ class Beliefs:
             parse_position(position, reading=True)
         if self.n_jailbreaks < 1:
             raise ValueError(f"n_jailbreaks={self.n_jailbreaks}: at least 1")
+        for name in self.jailbreaks:
+            if name in FOUR:
+                raise ValueError(f"jailbreaks: {name!r} is one of the four roles of every study: name another, such as template")
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data without a prompt for a role, or without a set for a kind of jailbreak."""
@@ -76,7 +79,7 @@ class Beliefs:
         summary |= {"table": table, "figures": [name], "correlations": {key: value.as_dict() for key, value in correlations.items()}}
         if broken:
             summary["effects"] = [_twelve(points, broken, cast)]
-            summary["status"] = cast.withheld or next((f.withheld for f in broken.values() if f.withheld), "") or "ok"
+            summary["status"] = cast.withheld or ("" if any(not f.withheld for f in broken.values()) else "insufficient_base_rate") or "ok"
             summary["claim"] = _claim_broken(backend.name, table, broken, cast)
         else:
             summary["effects"] = [*_two_to_four(points, cast), _five(correlations, cast)]
@@ -111,11 +114,27 @@ class Beliefs:
 
 
 def _about(prompt: Prompt) -> Row:
-    return {"prompt_id": prompt.id, "label": prompt.label, "source": prompt.source, "category": prompt.category, "terminal": prompt.terminal}
+    return {
+        "prompt_id": prompt.id,
+        "label": prompt.label,
+        "source": prompt.source,
+        "category": prompt.category,
+        "terminal": prompt.terminal,
+        "request": prompt.group,
+    }
 
 
 def _column(points: list[Row], axis: str, *groups: str) -> np.ndarray:
     return np.array([point[axis] for point in points if point["group"] in groups])
+
+
+def _by_question(points: list[Row], axis: str, group: str) -> np.ndarray:
+    """One mean a wrapped request: jailbreaks of one request are not independent."""
+    asked: dict[str, list[float]] = {}
+    for point in points:
+        if point["group"] == group:
+            asked.setdefault(point["request"], []).append(point[axis])
+    return np.array([np.mean(values) for values in asked.values()])
 
 
 def _two_to_four(points: list[Row], cast: Cast) -> list[Row]:
@@ -151,15 +170,18 @@ def _five(correlations: dict[str, Value], cast: Cast) -> Row:
 
 
 def _twelve(points: list[Row], broken: dict[str, Filled], cast: Cast) -> Row:
-    kinds = {kind: (mean(_column(points, "harmful", kind)), mean(_column(points, "refuse", kind))) for kind in broken}
+    kinds = {kind: tuple(mean(_by_question(points, axis, kind)) for axis in ("harmful", "refuse")) for kind in broken}
     told = "; ".join(f"{kind}: Δ harmful {h}, Δ refuse {r}" for kind, (h, r) in kinds.items())
     if "template" not in kinds or cast.withheld or broken["template"].withheld:
         return effect(12, None, None, f"too few successful jailbreaks or poles by label; {told}")
     harmful, refuse = kinds["template"]
-    others = [kinds[k][0].value for k in kinds if k != "persuasion" and kinds[k][0].n]
-    lowest = "persuasion" not in kinds or not kinds["persuasion"][0].n or kinds["persuasion"][0].value <= min(others)
+    solid = {kind: kinds[kind][0].value for kind, filled in broken.items() if not filled.withheld}
+    lowest = solid.get("persuasion", -np.inf) <= min(solid.values())
     return effect(
-        12, refuse.high < 0 < harmful.low and lowest, harmful, f"asked: templates keep Δ harmful above 0 with Δ refuse below, persuasion lowest; {told}"
+        12,
+        refuse.high < 0 < harmful.low and lowest,
+        harmful,
+        f"asked: templates keep Δ harmful above 0 with Δ refuse below, persuasion lowest among the kinds with enough prompts; n counts the requests they wrap; {told}",
     )
 
 

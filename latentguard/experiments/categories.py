@@ -55,6 +55,8 @@ class Categories:
         for name in ("n_category", "n_test", "n_harmless", "least", "shuffles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data with fewer than three categories of harm.
@@ -62,6 +64,9 @@ class Categories:
         Raises:
             InputError: naming the categories that are there.
         """
+        for share in self.invert_layers:
+            if not 0 <= share <= 1:
+                raise InputError(f"exp.invert_layers: {share} is no share of the depth, 0 to 1")
         there = self._by_category(_harmful(data, "train"))
         if len(there) < 3:
             raise InputError(
@@ -189,14 +194,14 @@ class Categories:
 
     def _verdict(self, name: str, table: list[Row], matrices: dict[str, np.ndarray], shuffled: Row, transfer: list[Row]) -> Row:
         pairs = {kind: _off_diagonal(matrix) for kind, matrix in matrices.items()}
-        gap = mean(pairs["refuse"] - pairs["harm"])
+        gap = _resampled_gap(matrices["refuse"] - matrices["harm"])
         ceilings = {kind: float(np.mean([row["split_half"] for row in table if row["kind"] == kind])) for kind in KINDS}
         own, other = ([row["value"] for row in transfer if (row["direction"] == row["target"]) is same] for same in (True, False))
         told = "; ".join(
             f"{word} {pairs[kind].mean():.2f} (split-half ceiling {ceilings[kind]:.2f}, shuffled categories {shuffled[kind]['mean']:.2f})"
             for kind, word in (("harm", "harmfulness"), ("refuse", "refusal"))
         )
-        why = f"mean pairwise cosine of refusal directions − that of harmfulness directions (asked: .1 and more), over {len(pairs['harm'])} pairs; {told}"
+        why = f"mean pairwise cosine of refusal directions − that of harmfulness directions (asked: .1 and more), over {len(pairs['harm'])} pairs, categories resampled; {told}"
         claim = f"{name}: mean pairwise cosine of {len(matrices['harm'])} categories' directions: {told}; AUROC on own test prompts {np.mean(own):.2f}, on other categories' {np.mean(other):.2f}."
         return {
             "effects": [effect(11, gap.value >= 0.1 if min(ceilings.values()) >= 0.3 else None, Value(gap.value, gap.low, gap.high, gap.n), why)],
@@ -215,6 +220,18 @@ def _matrix(vectors: Sequence[np.ndarray]) -> np.ndarray:
     stacked = np.stack(vectors).astype(float)
     unit = stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
     return np.einsum("ald,bld->abl", unit, unit).mean(-1)
+
+
+def _resampled_gap(difference: np.ndarray) -> Value:
+    """Mean over pairs of categories, with an interval that resamples categories: pairs that share one are not independent."""
+    generator, n, drawn = np.random.default_rng(0), len(difference), []
+    for _ in range(1000):
+        chosen = generator.integers(0, n, n)
+        pairs = difference[np.ix_(chosen, chosen)][chosen[:, None] != chosen]
+        if len(pairs):
+            drawn.append(pairs.mean())
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Value(float(_off_diagonal(difference).mean()), float(low), float(high), n)
 
 
 def _off_diagonal(matrix: np.ndarray) -> np.ndarray:

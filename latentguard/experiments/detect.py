@@ -46,6 +46,9 @@ class Detect:
         for name in ("n_jailbreaks", "n_elsewhere", "n_in_domain"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        for name in (*(self.jailbreaks or ()), *([self.elsewhere] if self.elsewhere else [])):
+            if name in FOUR:
+                raise ValueError(f"{name!r} is one of the four roles of every study: name another, such as template or categories")
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data without a prompt for a role, or without a set that the study was told to use."""
@@ -63,16 +66,18 @@ class Detect:
         cast = self.casting(backend, data, judge, tracker)
         groups = {role: cast.test[role].prompts for role in FOUR}
         asked = {role: (cast.test[role].asked, cast.test[role].withheld) for role in FOUR}
-        for kind in self._kinds(data):
-            found = self.casting.find(f"accepted_{kind}", cast.apart(data.role(kind)), self.n_jailbreaks, backend, judge, tracker)
-            groups[kind], asked[kind] = found.prompts, (found.asked, found.withheld)
-        groups |= cast.labelled
         high = list(cast.high)
         if self.augment:  # the paper adds requests of the pole's own sets that the model accepted
-            taken = {p.id for p in high} | {p.id for prompts in groups.values() for p in prompts}
-            accepted = [j.prompt for j in cast.judged.values() if j.verdict.label == "accepted" and j.prompt.harmful]
+            held = {p.group for prompts in (*groups.values(), *cast.labelled.values()) for p in prompts} | {p.group for p in high}
             own = {p.id for p in data.role("refused_harmful", "train")}
-            high += [p for p in accepted if p.id in own and p.id not in taken]
+            accepted = [j.prompt for j in cast.judged.values() if j.verdict.label == "accepted"]
+            high += [p for p in accepted if p.id in own and p.group not in held]
+        taken = {p.group for p in high}
+        for kind in self._kinds(data):
+            free = [p for p in cast.apart(data.role(kind)) if p.group not in taken]
+            found = self.casting.find(f"accepted_{kind}", free, self.n_jailbreaks, backend, judge, tracker)
+            groups[kind], asked[kind] = found.prompts, (found.asked, found.withheld)
+        groups |= cast.labelled
         seen: tuple[Prompt, ...] = ()
         elsewhere = self.elsewhere or ("categories" if data.names("categories") else "")
         if elsewhere:

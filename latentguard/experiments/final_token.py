@@ -50,6 +50,8 @@ class FinalToken:
         for terminal in self.terminals:
             if terminal not in TERMINALS:
                 raise ValueError(f"terminals: {terminal!r} is none of {', '.join(TERMINALS)}")
+        if len(set(self.terminals)) < len(self.terminals) or len(set(self.positions)) < len(self.positions):
+            raise ValueError("positions and terminals: name each once")
         if not self.positions or not self.terminals:
             raise ValueError("positions and terminals: name at least one each")
         if not 0 <= self.window[0] < self.window[1] <= 1:
@@ -57,6 +59,8 @@ class FinalToken:
         for name in ("n_fit", "n_validation", "n_test", "shuffles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data without harmful or without harmless prompts in a split."""
@@ -193,13 +197,13 @@ def _spread(table: list[Row]) -> list[Row]:
 
 
 def _pairs(test: Sets, fit: tuple[str, str]) -> dict[str, tuple[list[str], list[str]]]:
-    """Which sets are set against which: those fitted on, those that were not, and harmful and harmless ones of one source."""
+    """Which sets are set against which: those fitted on, those that were not, and the two labels of one source, one by one."""
     high, low = ([name for name, prompts in test.items() if prompts[0].harmful is side] for side in (True, False))
     new = ([n for n in high if n not in fit], [n for n in low if n not in fit])
     across = (new[0] or high, new[1] or low) if new[0] or new[1] else ([], [])
-    both = {n.split(":")[0] for n in high} & {n.split(":")[0] for n in low} - {n.split(":")[0] for n in fit}
-    matched = ([n for n in high if n.split(":")[0] in both], [n for n in low if n.split(":")[0] in both])
-    return {"within": ([fit[0]], [fit[1]]), "across": across, "matched": matched}
+    both = sorted({n.split(":")[0] for n in high} & {n.split(":")[0] for n in low} - {n.split(":")[0] for n in fit})
+    matched = {f"within {source}": ([n for n in high if n.split(":")[0] == source], [n for n in low if n.split(":")[0] == source]) for source in both}
+    return {"within": ([fit[0]], [fit[1]]), "across": across, **matched}
 
 
 def _pooled(scores: dict[str, np.ndarray], high: list[str], low: list[str]) -> Value:

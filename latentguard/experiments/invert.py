@@ -55,8 +55,8 @@ class Invert:
     casting: Casting = Casting()
 
     def __post_init__(self) -> None:
-        if not self.questions or any("'" in q and '"' in q for q in self.questions):
-            raise ValueError("questions: give at least one, each without one of the two kinds of quotation mark")
+        if not self.questions or not all(q.strip() for q in self.questions) or any("'" in q and '"' in q for q in self.questions):
+            raise ValueError("questions: give at least one, none empty, each without one of the two kinds of quotation mark")
         for layer in self.layers if not isinstance(self.layers, str) else ():
             check_layer(layer)
         for position in (self.harm_position, self.refuse_position, *self.extract):
@@ -131,7 +131,7 @@ class _Inversion:
         if self.set.extract:
             summary["by_position"] = self._by_position(states, cast, validated)
             summary["figures"] += ["inversion_by_position"]
-        summary["effects"] = [*self._effects(curves, table, follows)]
+        summary["effects"] = [*self._effects(curves, table, follows, validated)]
         summary["claim"] = self._claim(table, baseline, follows, cast)
         return summary
 
@@ -171,7 +171,7 @@ class _Inversion:
         """v_harm goes on the tokens before the question, v_refuse on all (App. E.1); `rule` says otherwise."""
         quote = "'" if '"' in self.question else '"'
         before = f"before({quote}{self.question}{quote})"
-        between = f"between({quote}User wants to {quote}, {quote}{self.question}{quote})"
+        between = f"between({quote}User wants to{quote}, {quote}{self.question}{quote})"
         return {"before": before, "instruction": between, "all": "all", None: "all" if name == "refuse" else before}[rule]
 
     def _grid(self, condition: str, layers: Sequence[int], coefs: Sequence[float], rule: str | None = None, direction: Direction | None = None) -> Grid:
@@ -283,7 +283,7 @@ class _Inversion:
         )
         return rows
 
-    def _effects(self, curves: list[Row], table: list[Row], follows: bool) -> list[Row]:
+    def _effects(self, curves: list[Row], table: list[Row], follows: bool, validated: Row) -> list[Row]:
         if not follows:
             shift = {
                 (r["label"], r["direction"]): max(
@@ -298,24 +298,26 @@ class _Inversion:
                 f"furthest log P(Certainly)/P(No) over layers: {leans}"
             )
             return [effect(9, None, None, why), effect(10, None, None, why)]
-        best = {
-            (row["label"], row["direction"]): min(
-                (r for r in curves if (r["label"], r["direction"]) == (row["label"], row["direction"])), key=lambda r: r["value"]
-            )
-            for row in curves
-        }
-        told = "; ".join(f"{label} {name}: {row['value']:.2f} at layer {row['layer']}" for (label, name), row in best.items())
-        holds = all(
-            best[side, f"{sign}harm"]["high"] < min(best[side, f"{sign}refuse"]["value"], best[side, f"{sign}random"]["value"])
-            for side, sign in (("harmless", "+"), ("harmful", "-"))
+        at = {(row["label"], row["direction"]): row for row in curves if row["layer"] == validated[f"{row['label']} {row['direction']}"]["layer"]}
+        told = "; ".join(
+            f"{label} {name}: {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] at layer {row['layer']}" for (label, name), row in at.items()
         )
-        nine = effect(9, holds, best["harmless", "+harm"], f"lowest P of the fitting answer over layers (the number: harmless + harm): {told}")
+        pairs = (("harmless", "+"), ("harmful", "-"))
+        holds = all(at[side, f"{sign}harm"]["high"] < min(at[side, f"{sign}refuse"]["low"], at[side, f"{sign}random"]["low"]) for side, sign in pairs)
+        nine = effect(9, holds, at["harmless", "+harm"], f"P of the fitting answer at the validated layers (the number: harmless + harm): {told}")
         base = {row["label"]: row for row in table if row["direction"] == "none"}
-        bound = [row for row in table if row["direction"].endswith("refuse") and row["tokens"] == "instruction"]
-        changes = [row[f"p_{RIGHT[row['label']]}"] - base[row["label"]][f"p_{RIGHT[row['label']]}"] for row in bound]
-        largest = max(changes, key=abs)
-        why = f"largest change of P of the fitting answer with v_refuse on the instruction's tokens only: {largest:+.2f} (asked: under .2)"
-        return [nine, effect(10, abs(largest) < 0.2, Value(largest, float("nan"), float("nan"), bound[0]["n"]), why)]
+        moved = {
+            rule: [
+                row[f"p_{RIGHT[row['label']]}"] - base[row["label"]][f"p_{RIGHT[row['label']]}"]
+                for row in table
+                if row["direction"].endswith("refuse") and row["tokens"] == rule
+            ]
+            for rule in ("paper", "instruction")
+        }
+        free, bound = (max(changes, key=abs) for changes in (moved["paper"], moved["instruction"]))
+        why = f"largest change of P of the fitting answer with v_refuse: {free:+.2f} on all tokens (asked: .2 and more, else there is nothing to lose), {bound:+.2f} on the instruction's only (asked: under half of it)"
+        ten = effect(10, abs(bound) < abs(free) / 2 if abs(free) >= 0.2 else None, Value(bound, float("nan"), float("nan"), base["harmless"]["n"]), why)
+        return [nine, ten]
 
     def _claim(self, table: list[Row], baseline: Row, follows: bool, cast: Cast) -> str:
         def at(side: str, name: str) -> str:

@@ -73,6 +73,8 @@ class Steer:
             raise ValueError(f"min_log_odds={self.min_log_odds}, max_damage={self.max_damage}: give a finite number, and one of 0 or more")
         if len(set(self.coefs)) < len(self.coefs):
             raise ValueError(f"coefs={list(self.coefs)}: one stands twice")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
         counts = tuple(name for name in self.__dataclass_fields__ if name.startswith(("n_", "draws", "max_new")))
         for name in counts:
             if getattr(self, name) < 1:
@@ -81,11 +83,11 @@ class Steer:
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse layers that the model does not have, and data without the prompts that steering needs."""
         resolve_layers(self.layers, n_layers)
-        needs = {"train": ("harmful", "harmless"), "validation": ("harmless",), "test": ("harmless",)}
-        for split, labels in needs.items():
-            for label in labels:
-                if not getattr(data, split).labelled(label):
-                    raise InputError(f"data {data.name} has no {label} prompt in its {split} split, which steering needs; it deals rows by data.split")
+        needs = [("train", "harmful", data.role("refused_harmful", "train")), ("train", "harmless", data.role("accepted_harmless", "train"))]
+        needs += [(split, "harmless", plain(data, split)) for split in ("validation", "test")]
+        for split, label, prompts in needs:
+            if not prompts:
+                raise InputError(f"data {data.name} has no {label} prompt in its {split} split, which steering needs; it deals rows by data.split")
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
         """Run the study."""
@@ -98,10 +100,10 @@ class _Run:
     def __init__(self, settings: Steer, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> None:
         self.set, self.backend, self.data, self.judge, self.tracker = settings, backend, data, judge, tracker
         self.layers = resolve_layers(settings.layers, backend.n_layers)
-        self.test = self._some(data.test.harmless, settings.n_test)
-        self.grid_prompts = self.test[: settings.n_grid]
-        self.validation = self._some(data.validation.harmless, settings.n_validation)
         settings.check(backend.n_layers, data)
+        self.test = self._some(plain(data, "test"), settings.n_test)
+        self.grid_prompts = self.test[: settings.n_grid]
+        self.validation = self._some(plain(data, "validation"), settings.n_validation)
         for rendered in backend.render(list(data)):  # a place that a prompt does not have is said before anything is generated
             for position in (settings.harm_position, settings.refuse_position, settings.where):
                 parse_position(position).tokens(rendered)
@@ -153,7 +155,11 @@ class _Run:
                 {
                     "intervention": name,
                     "label": "harmless",
-                    **{k: v for k, v in chosen.get(name, chosen[study]).items() if k in ("layer", "coef", "dose", "damage", "perplexity", "perplexity_clean")},
+                    **{
+                        k: v
+                        for k, v in chosen.get(name, chosen[study]).items()
+                        if k in ("layer", "coef", "dose") or name in chosen and k in ("damage", "perplexity", "perplexity_clean", "works")
+                    },
                     **row,
                 }
                 for name, row in reported.items()
@@ -183,8 +189,8 @@ class _Run:
         """No steering: refusal of held-out harmless, look-alike and harmful requests, side by side."""
         asked = {
             "harmless": self.test,
-            "lookalike": self._some(self.data.test.lookalike, self.set.n_unsteered),
-            "harmful": self._some(self.data.test.harmful, self.set.n_unsteered),
+            "lookalike": self._some((p for p in self.data.role("refused_harmless", "test") if p.lookalike), self.set.n_unsteered),
+            "harmful": self._some(self.data.role("refused_harmful", "test"), self.set.n_unsteered),
         }
         cells = self._label("baseline", [prompt for prompts in asked.values() for prompt in prompts])
         verdicts = {j.prompt.id: j.verdict for j in cells.judged}
@@ -205,7 +211,7 @@ class _Run:
             row = {"layer": layer, "coef": coef, "dose": direction.dose(layer, coef), "n": len(scores)}  # type: ignore[arg-type]
             rows.append({**row, "log_odds": sum(scores) / len(scores), "damage": None, "perplexity": None, "perplexity_clean": None})
         best = max(row["log_odds"] for row in rows)
-        asked = [i for i, row in enumerate(rows) if row["log_odds"] >= min(best, self.set.min_log_odds)]
+        asked = [i for i, row in enumerate(rows) if best < self.set.min_log_odds or row["log_odds"] >= self.set.min_log_odds]
         texts = self.validation[: self.set.n_damage]
         clean = self.backend.logits(texts, position="user")
         following = [[item.ids[t + 1] for t in item.user_tokens[:-1]] for item in self.backend.render(texts)]
@@ -320,24 +326,28 @@ class _Run:
         """6 to 8 of the paper's effects; the refusal study repeats only what is its own."""
         name, base = self.set.direction, summary["baseline"]["harmless"]
         found, control = summary["reported"][name], summary["reported"]["random"]
-        beyond = found["low"] > max(control["high"], control["highest_draw"])
+        beyond, ok = found["low"] > max(control["high"], control["highest_draw"]), summary["validated"][name]["works"]
         eight = effect(
             8,
-            None if withheld else beyond,
+            beyond if ok and not withheld else None,
             found,
-            f"+ {name} at its validated cell; random of equal norm {as_text(control)}, the highest draw {control['highest_draw']:.2f}",
+            f"+ {name} at its validated cell{'' if ok else ', which is outside the damage allowed or too weak: no setting works'}; random of equal norm {as_text(control)}, the highest draw {control['highest_draw']:.2f}",
         )
         if name == "refuse":
             return [eight]
-        best = {d: max((row for row in summary["grid"] if row["direction"] == d), key=lambda row: row["rate"]) for d in ("harm", "refuse")}
-        depth = self.backend.n_layers
+        chosen, depth = summary["validated"], self.backend.n_layers
+        best = {d: {**summary["reported"][d], "layer": chosen[d]["layer"], "coef": chosen[d]["coef"]} for d in ("harm", "refuse")}
         raised = all(row["low"] > base["rate"] and 0.25 <= row["layer"] / depth <= 0.8 for row in best.values())
-        told = "; ".join(f"{d}: {as_text(row)} at layer {row['layer']} of {depth}, coefficient {row['coef']:g}" for d, row in best.items())
+        told = "; ".join(
+            f"{d} {as_text(row)} at layer {row['layer']} of {depth}, coefficient {row['coef']:g}{'' if chosen[d]['works'] else ' (outside the damage allowed)'}"
+            for d, row in best.items()
+        )
+        works = all(chosen[d]["works"] for d in best)
         seven = effect(
             7,
-            None if withheld else raised and best["refuse"]["rate"] >= best["harm"]["rate"],
+            None if withheld or not works else raised and best["refuse"]["high"] >= best["harm"]["low"],
             best["refuse"],
-            f"best cells of the grid ({told}) over {as_text(base)} without steering",
+            f"at the validated cells: {told}; {as_text(base)} without steering (asked: both raised, between a quarter and four fifths of the depth, refusal not under harmfulness beyond their intervals)",
         )
         why = "mean over layers 1 … L of cos(v_harm, v_refuse), resampled prompts (asked: .2 and less)"
         return [effect(6, None if withheld else abs(alike.value) <= 0.2, alike, why), seven, eight]
@@ -349,8 +359,10 @@ class _Run:
         numbers = (
             f"adding the {word} direction at layer {at['layer']} (coefficient {at['coef']:g}, dose {at['dose']:.2f}) takes refusal of held-out harmless "
             f"requests from {as_text(base)} to {as_text(found)}; random directions of equal norm: {as_text(control)}, "
-            f"{control['draws']} draws, the highest {control['highest_draw']:.2f}"
+            f"{control['draws']} draws of {control['prompts']} prompts, the highest {control['highest_draw']:.2f}"
         )
+        if not at["works"]:
+            numbers += " — no setting reached the log-odds asked for within the damage allowed, this is the likeliest one"
         if withheld:
             found_ = [f"{len(f)} of {f.asked}" for f in self.cast.found.values()]
             return (
@@ -359,6 +371,12 @@ class _Run:
             )
         effect = "beyond its random control" if found["low"] > max(control["high"], control["highest_draw"]) else "NOT beyond its random control"
         return f"{self.backend.name}: {numbers} — {effect}."
+
+
+def plain(data: Dataset, split: str) -> list[Prompt]:
+    """Harmless prompts of the accepted-harmless role, look-alikes left out where there are others."""
+    prompts = data.role("accepted_harmless", split)
+    return [p for p in prompts if not p.lookalike] or prompts
 
 
 def counted(verdicts: Sequence[Verdict]) -> Row:
