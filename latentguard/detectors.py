@@ -51,7 +51,10 @@ class LatentGuard:
         high, low = list(high), list(low)
         if not high or not low:
             raise InputError(f"LatentGuard needs prompts on both sides, got {len(high)} and {len(low)}")
-        return cls(*(states.at(position, side).double().mean(0).float() for side in (high, low)), position=position)
+        poles = [states.at(position, side).double().mean(0).float() for side in (high, low)]
+        if not all(pole.isfinite().all() for pole in poles):
+            raise InputError(f"states at {position} are not all finite: load the model in bfloat16 or float32")
+        return cls(*poles, position=position)
 
     def separation(self, states: States) -> Float[Tensor, "prompt layer"]:
         """s^l(h) = cos(h, centroid harmful) − cos(h, centroid harmless), from −2 to 2, of every state (Eq. 2)."""
@@ -97,7 +100,6 @@ class Counted:
     """
 
     log_odds: dict[object, float]
-    unseen: float
 
     @classmethod
     def fit(cls, high: Sequence[Sequence[object]], low: Sequence[Sequence[object]]) -> "Counted":
@@ -105,14 +107,11 @@ class Counted:
         counts = [Counter(item for items in side for item in items) for side in (high, low)]
         known = set(counts[0]) | set(counts[1])
         sizes = [sum(count.values()) + len(known) + 1 for count in counts]
-        return cls(
-            {item: math.log((counts[0][item] + 1) / sizes[0]) - math.log((counts[1][item] + 1) / sizes[1]) for item in known},
-            math.log(sizes[1]) - math.log(sizes[0]),
-        )
+        return cls({item: math.log((counts[0][item] + 1) / sizes[0]) - math.log((counts[1][item] + 1) / sizes[1]) for item in known})
 
     def score(self, prompts: Sequence[Sequence[object]]) -> list[float]:
-        """Mean log-odds of a prompt's items; an item never seen in training says next to nothing."""
-        return [sum(self.log_odds.get(item, self.unseen) for item in items) / max(1, len(items)) for items in prompts]
+        """Mean log-odds of a prompt's items; an item never seen in training says nothing."""
+        return [sum(self.log_odds.get(item, 0.0) for item in items) / max(1, len(items)) for items in prompts]
 
 
 def best_layer(guard: LatentGuard, high: States, low: States) -> int:

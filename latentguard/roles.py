@@ -164,14 +164,15 @@ def shortfall(cast: Cast) -> str:
     return ", ".join((["poles by label"] if cast.withheld else []) + found)
 
 
-def find_places(backend: Backend, data: Iterable[Prompt], positions: Sequence[str]) -> None:
-    """Refuse a position that some prompt does not have, before anything is generated.
+def find_places(backend: Backend, data: "Dataset | Iterable[Prompt]", positions: Sequence[str], *roles: str) -> None:
+    """Refuse a position that some prompt of the data, of the four roles or of `roles` does not have, before anything is generated.
 
     Raises:
         InputError: naming the prompt and the position.
     """
     places = [parse_position(position) for position in positions]
-    for rendered in backend.render(list(data)):
+    named = [p for role in (*FOUR, *roles) for p in data.role(role)] if isinstance(data, Dataset) else []
+    for rendered in backend.render(list({p.id: p for p in (*data, *named)}.values())):
         for place in places:
             place.tokens(rendered)
 

@@ -56,13 +56,15 @@ def drawn(seed: int) -> np.ndarray:
 class Planted(Backend):
     """States are `common` + what `inst` and `post` say of the prompt (from layer 1 on) + noise; layer 0 is the token alone.
 
-    `asks` is the axis that the answer about a request depends on, read at layer `acts_at`; None answers neither Certainly nor No.
+    `asks` is the axis that the answer about a request depends on, read at layer `acts_at` on the request's tokens; None answers
+    neither Certainly nor No. `tail` is the weight with which refusal, added at the template's last token, counts as well.
     """
 
     refuses: Callable[[Prompt], bool] = field(default_factory=refuses_some)
     inst: Callable[[Prompt], Amounts] = by_label
     post: Callable[[Prompt], Amounts] | None = None
     asks: str | None = "harm"
+    tail: float = 0.0
     acts_at: int = 4
     noise: float = 0.1
     carries: tuple[int, ...] = tuple(range(1, DEPTH + 1))
@@ -120,8 +122,10 @@ class Planted(Backend):
         level = A if prompt.harmful else -A
         request = range(rendered.user_tokens[0], rendered.user_tokens[-1])
         for act in acts:
-            if self.acts_at in act.layers(DEPTH) and set(parse_position(act.positions).tokens(rendered)) & set(request):
-                level += act.amount * float(act.vector(self.acts_at, prompt)[AXES.index(self.asks)])
+            if self.acts_at in act.layers(DEPTH):
+                tokens, vector = parse_position(act.positions).tokens(rendered), act.vector(self.acts_at, prompt)
+                level += act.amount * float(vector[AXES.index(self.asks)]) * bool(set(tokens) & set(request))
+                level += act.amount * float(vector[AXES.index("refusal")]) * self.tail * (len(rendered) - 1 in tokens)
         return level
 
     def _chance(self, prompt, rendered, acts):

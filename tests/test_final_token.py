@@ -15,6 +15,7 @@ from tests.planted import Planted, dataset_of, everything, write
 
 MARK, HARM, JITTER = 1.5, 0.2, 0.45
 SETTINGS = {"positions": ("t_inst", "t_inst-1"), "shuffles": 6}
+KINDS = ("within", "across", "within xstest")
 FIT, NEW = ("advbench", "alpaca"), ("sorry_bench", "xstest: harmful", "xstest: lookalike")
 
 
@@ -59,29 +60,29 @@ def area(ran):
 
 def test_a_kept_mark_makes_a_detector_good_at_home_and_chance_abroad(area, ran):
     assert ran[0]["fitted_on"] == list(FIT)
-    kept = {kind: area["latent_guard", "t_inst", "keep", kind]["value"] for kind in ("within", "across", "matched")}
-    assert kept["within"] > 0.97 and all(0.4 < kept[kind] < 0.68 for kind in ("across", "matched"))
+    kept = {kind: area["latent_guard", "t_inst", "keep", kind]["value"] for kind in KINDS}
+    assert kept["within"] > 0.97 and all(0.4 < kept[kind] < 0.68 for kind in KINDS[1:])
 
 
 @pytest.mark.parametrize("terminal", ["strip", "period"])
 @pytest.mark.parametrize("detector", ["latent_guard", "latent_guard_one_layer", "projection_one_layer"])
 def test_equal_marks_bring_the_detector_back(area, terminal, detector):
-    for kind in ("within", "across", "matched"):
-        assert area[detector, "t_inst", terminal, kind]["low"] > 0.9, kind
+    for kind in KINDS:
+        assert area[detector, "t_inst", terminal, kind]["low"] > 0.85, kind
 
 
 def test_the_baselines_know_marks_and_words_only(area):
     assert area["last_token", "text", "keep", "within"]["value"] == 1
     assert 0.4 < area["last_token", "text", "keep", "across"]["value"] < 0.6
-    for kind in ("within", "across", "matched"):
+    for kind in KINDS:
         assert area["last_token", "text", "period", kind]["value"] == 0.5, "every prompt ends in the same token"
         assert abs(area["last_token", "text", "strip", kind]["value"] - 0.5) < 0.2
-    assert area["ngram", "text", "period", "within"]["value"] == 1 and area["ngram", "text", "period", "matched"]["value"] < 0.7
+    assert area["ngram", "text", "period", "within"]["value"] == 1 and area["ngram", "text", "period", "within xstest"]["value"] < 0.7
 
 
 def test_a_position_that_was_not_planted_knows_nothing(area):
     for terminal in ("strip", "period"):
-        assert all(abs(area["latent_guard", "t_inst-1", terminal, kind]["value"] - 0.5) < 0.2 for kind in ("within", "across", "matched"))
+        assert all(abs(area["latent_guard", "t_inst-1", terminal, kind]["value"] - 0.5) < 0.2 for kind in KINDS)
 
 
 def test_shuffled_labels_straddle_chance(area):
@@ -106,7 +107,7 @@ def test_every_area_can_be_counted_again(ran):
     assert kinds == {
         "within": "advbench / alpaca",
         "across": "sorry_bench + xstest: harmful / xstest: lookalike",
-        "matched": "xstest: harmful / xstest: lookalike",
+        "within xstest": "xstest: harmful / xstest: lookalike",
     }
 
 

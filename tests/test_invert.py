@@ -41,13 +41,21 @@ def verdicts(summary):
 
 def test_harm_turns_the_answer_and_refusal_does_not(ran):
     summary, _ = ran
-    assert summary["follows_the_question"] and summary["status"] == "ok" and verdicts(summary) == {9: "holds", 10: "holds"}
+    assert summary["follows_the_question"] and summary["status"] == "ok"
+    assert verdicts(summary) == {9: "holds", 10: "not testable here"}, "where refusal does nothing anywhere, it has nothing to lose"
     value = {(row["label"], row["direction"], row["layer"]): row["value"] for row in summary["curves"]}
     for side, harm in (("harmless", "+harm"), ("harmful", "-harm")):
         assert value[side, harm, 4] < 0.05
         for direction in CONDITIONS[side]:
             for layer in (2, 6) if direction == harm else (2, 4, 6):
                 assert value[side, direction, layer] > 0.7, (side, direction, layer)
+
+
+def test_refusal_that_works_through_the_template_alone_does_nothing_on_the_instruction(data):
+    summary, _ = run(data, Planted(tail=0.25))
+    assert verdicts(summary) == {9: "holds", 10: "holds"}
+    p = {(row["direction"], row["tokens"]): row["p_no"] for row in summary["table"] if row["label"] == "harmless"}
+    assert p["+refuse", "paper"] < 0.7 and all(p["+refuse", rule] == pytest.approx(p["none", ""], abs=0.05) for rule in ("before", "instruction"))
 
 
 def test_the_layer_and_the_least_dose_that_does_it_are_chosen(ran):

@@ -134,6 +134,9 @@ def test_the_gate_counts_what_was_asked(data, cast):
     for filled in (*cast.test.values(), *cast.validation.values()):
         assert filled.asked >= len(filled) and (filled.withheld == "" or base_rate_gate(len(filled), filled.asked))
     assert cast.validation["refused_harmful"].withheld, "ten prompts carry no claim"
+    many = dataset_of(rows_of("harmful", 400)).role("refused_harmful")
+    tenth = Casting(patience=10).find("refused_anything", many, 40, Planted(refuses=refuses_some(harmful=1)), Phrases(), Memory())
+    assert len(tenth) == 40 < 300 < tenth.asked and tenth.withheld == "insufficient_base_rate", "one in ten is under 15%"
 
 
 def test_everyone_is_each_prompt_once(cast):

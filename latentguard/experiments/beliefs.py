@@ -50,7 +50,7 @@ class Beliefs:
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
         """Both Δ of every held-out prompt, their means and correlations."""
         places = (self.harm_position, self.refuse_position)
-        find_places(backend, data, places)
+        find_places(backend, data, places, *self.jailbreaks)
         cast = self.casting(backend, data, judge, tracker)
         broken = {
             kind: self.casting.find(f"accepted_{kind}", cast.apart(data.role(kind)), self.n_jailbreaks, backend, judge, tracker) for kind in self.jailbreaks

@@ -73,6 +73,8 @@ class Categories:
                 f"exp=categories: data {data.name} has {len(there)} categories of {self.least} or more harmful train prompts "
                 f"({', '.join(there) or 'none'}); it needs three: name a set with data.roles.categories=[…] or set exp.least"
             )
+        tested = self._by_category(_harmful(data, "test", "validation"), 1)
+        there = {name: prompts for name, prompts in there.items() if name in tested or not self.invert_layers}
         if self.target is not None and self.target not in there:
             raise InputError(f"exp.target={self.target!r} is none of the categories: {', '.join(there)}")
 
@@ -156,6 +158,9 @@ class Categories:
         for source, prompts in train.items():
             detector = Projection.fit(LatentGuard.fit(states, prompts, harmless, position=place), layer)
             low = detector.score(states.at(place, held)).numpy()
+            tracker.rows(
+                [{"stage": "transfer", "direction": source, "group": "harmless", "prompt_id": p.id, "score": float(v)} for p, v in zip(held, low, strict=True)]
+            )
             for target, asked in test.items():
                 scores = detector.score(states.at(place, asked)).numpy()
                 tracker.rows(
@@ -218,8 +223,9 @@ def _harmful(data: Dataset, *splits: str) -> list[Prompt]:
 def _matrix(vectors: Sequence[np.ndarray]) -> np.ndarray:
     """Cosines of [layer, d_model] differences, averaged over layers: [vector, vector]."""
     stacked = np.stack(vectors).astype(float)
-    unit = stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
-    return np.einsum("ald,bld->abl", unit, unit).mean(-1)
+    with np.errstate(invalid="ignore"):  # a direction that is 0 (one token at the embeddings) has no cosine
+        unit = stacked / np.linalg.norm(stacked, axis=-1, keepdims=True)
+    return np.nanmean(np.einsum("ald,bld->abl", unit, unit), -1)
 
 
 def _resampled_gap(difference: np.ndarray) -> Value:

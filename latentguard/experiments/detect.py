@@ -62,7 +62,8 @@ class Detect:
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
         """Fit on the poles, score everything held out."""
-        find_places(backend, data, [self.position])
+        elsewhere = self.elsewhere or ("categories" if data.names("categories") else "")
+        find_places(backend, data, [self.position], *self._kinds(data), *([elsewhere] if elsewhere else []))
         cast = self.casting(backend, data, judge, tracker)
         groups = {role: cast.test[role].prompts for role in FOUR}
         asked = {role: (cast.test[role].asked, cast.test[role].withheld) for role in FOUR}
@@ -79,7 +80,6 @@ class Detect:
             groups[kind], asked[kind] = found.prompts, (found.asked, found.withheld)
         groups |= cast.labelled
         seen: tuple[Prompt, ...] = ()
-        elsewhere = self.elsewhere or ("categories" if data.names("categories") else "")
         if elsewhere:
             seen = tuple(dealt(data.role(elsewhere, "train"), self.casting.seed)[: self.n_in_domain])
             groups["elsewhere"] = tuple(dealt(data.role(elsewhere, "test"), self.casting.seed)[: self.n_elsewhere])
@@ -180,10 +180,10 @@ def _once(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def _fourteen(table: list[Row]) -> Row:
     at = {(row["detector"], row["group"]): row for row in table}
-    home, away, taught = at.get(("latent_guard", "harmful")), at["latent_guard", "elsewhere"], at["latent_guard_in_domain", "elsewhere"]
+    home, away, taught = at.get(("latent_guard", "harmful")), at.get(("latent_guard", "elsewhere")), at.get(("latent_guard_in_domain", "elsewhere"))
     false = {name: at.get((name, "harmless")) for name in ("latent_guard", "latent_guard_in_domain")}
-    if home is None:
-        return effect(14, None, None, "no held-out harmful prompts")
+    if home is None or away is None or taught is None:
+        return effect(14, None, None, "no held-out harmful prompts at home, or none elsewhere")
     alarms = ", ".join(f"{name.replace('_', ' ')} {1 - row['rate']:.2f} (n = {row['n']})" for name, row in false.items() if row)
     rise = false["latent_guard"]["rate"] - false["latent_guard_in_domain"]["rate"] if all(false.values()) else 0.0  # type: ignore[index]
     why = (

@@ -63,7 +63,9 @@ class FinalToken:
             raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
 
     def check(self, n_layers: int, data: Dataset) -> None:
-        """Refuse data without harmful or without harmless prompts in a split."""
+        """Refuse data without harmful or without harmless prompts in a split, and prompts whose final mark cannot be set anew."""
+        if data.spec is None and len(self.terminals) > 1:
+            raise InputError(f"exp.terminals={list(self.terminals)}: data {data.name} was made by hand and has one final mark each; name one terminal")
         for split in ("train", "validation", "test"):
             labels = {p.harmful for p in getattr(data, split)}
             if not labels >= {True, False}:
@@ -75,9 +77,10 @@ class FinalToken:
         means: list[Row] = []
         marks: list[Row] = []
         for terminal in self.terminals:
-            same = data if data.card.get("terminal") == terminal else load_dataset(data.spec, terminal=terminal)  # type: ignore[arg-type]
+            same = data if data.spec is None or data.card.get("terminal") == terminal else load_dataset(data.spec, terminal=terminal)  # type: ignore[arg-type]
             sets = {
-                split: self._sets(getattr(same, split), n) for split, n in (("train", self.n_fit), ("validation", self.n_validation), ("test", self.n_test))
+                split: self._sets(getattr(same, split), n, _labels(same))
+                for split, n in (("train", self.n_fit), ("validation", self.n_validation), ("test", self.n_test))
             }
             fit = self._fitted_on(same, sets["train"])
             everyone = {p.id: p for name in fit for split in ("train", "validation") for p in sets[split].get(name, [])}
@@ -112,11 +115,8 @@ class FinalToken:
         tracker.figure("final_token_means", plots.means_by_terminal(means, title=f"{backend.name}: mean s at t_inst, poles {' against '.join(fit)}"), means)
         return summary
 
-    def _sets(self, prompts: Sequence[Prompt], n: int) -> Sets:
+    def _sets(self, prompts: Sequence[Prompt], n: int, labels: dict[str, set[str]]) -> Sets:
         """At most n prompts of each source and label; a source with one label goes by its own name."""
-        labels: dict[str, set[str]] = {}
-        for p in prompts:
-            labels.setdefault(p.source, set()).add(p.label)
         found: Sets = {}
         for p in dealt(prompts, self.seed):
             if p.harmful is not None:
@@ -179,6 +179,14 @@ class FinalToken:
         return f"{name}: AUROC of Latent Guard at {first}: " + "; ".join(told) + "."
 
 
+def _labels(data: Dataset) -> dict[str, set[str]]:
+    """The labels that each source holds, in any split."""
+    found: dict[str, set[str]] = {}
+    for p in data:
+        found.setdefault(p.source, set()).add(p.label)
+    return found
+
+
 def _scored(prompts: Sequence[Prompt], scores: np.ndarray, terminal: str, detector: str, position: str, name: str) -> list[Row]:
     about = {"stage": "final_token", "terminal": terminal, "detector": detector, "position": position, "set": name}
     return [{**about, "prompt_id": p.id, "label": p.label, "score": float(v)} for p, v in zip(prompts, scores, strict=True)]
@@ -203,7 +211,7 @@ def _pairs(test: Sets, fit: tuple[str, str]) -> dict[str, tuple[list[str], list[
     across = (new[0] or high, new[1] or low) if new[0] or new[1] else ([], [])
     both = sorted({n.split(":")[0] for n in high} & {n.split(":")[0] for n in low} - {n.split(":")[0] for n in fit})
     matched = {f"within {source}": ([n for n in high if n.split(":")[0] == source], [n for n in low if n.split(":")[0] == source]) for source in both}
-    return {"within": ([fit[0]], [fit[1]]), "across": across, **matched}
+    return {"within": ([fit[0]] if fit[0] in test else [], [fit[1]] if fit[1] in test else []), "across": across, **matched}
 
 
 def _pooled(scores: dict[str, np.ndarray], high: list[str], low: list[str]) -> Value:

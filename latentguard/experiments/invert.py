@@ -16,6 +16,7 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, mean_difference, random_like
+from latentguard.errors import InputError
 from latentguard.experiments import Row, effect, opening
 from latentguard.interventions import Cell, Grid, steering_grid
 from latentguard.judges import Judge
@@ -70,6 +71,12 @@ class Invert:
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse layers that the model does not have, and data without a prompt for a role."""
         resolve_layers(_layers(self.layers), n_layers)
+        for split in ("validation", "test"):
+            for role in ("accepted_harmless", "refused_harmful"):
+                if not data.role(role, split):
+                    raise InputError(
+                        f"data {data.name} has no prompt in its {split} split for the role {role}: name sets with data.roles.{role}=[…], or see data.split"
+                    )
         self.casting.check(data)
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
@@ -138,6 +145,8 @@ class _Inversion:
     def _openings(self, cast: Cast) -> dict[str, set[int]]:
         """First tokens of each answer; what refuses, and is neither, is declining."""
         found = {name: {self.backend.first_token(text) for text in texts} for name, texts in _OPENINGS.items()}
+        shared = found["certainly"] & found["no"]  # in Llama-2's tokenizer a blank opens both
+        found = {name: tokens - shared for name, tokens in found.items()}
         return found | {"decline": cast.cells().refusal_tokens(self.backend) - found["certainly"] - found["no"]}
 
     def _questions(self) -> list[Row]:

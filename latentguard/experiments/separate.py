@@ -149,7 +149,7 @@ def _halves_alike(a: np.ndarray, b: np.ndarray) -> float:
 
 def _token(backend: Backend, position: str, prompt: Prompt) -> str:
     """The text of the token at a position of one prompt, where the template fixes it."""
-    if position.startswith("t_inst"):
+    if not position.startswith(("post(", "t_post_inst")):
         return ""
     rendered = backend.render([prompt])[0]
     return rendered.text[slice(*rendered.offsets[parse_position(position).tokens(rendered)[0]])]

@@ -48,7 +48,8 @@ class Suffix:
         """Each prompt in both forms: nothing is chosen on these prompts, so every split may be used."""
         self._has_suffix(backend, data)
         sets: dict[str, list[Prompt]] = {}
-        for prompt in dealt([*data.role("refused_harmful"), *data.role("accepted_harmless"), *data.role("refused_harmless")], self.seed):
+        asked = {p.id: p for role in ("refused_harmful", "accepted_harmful", "accepted_harmless", "refused_harmless") for p in data.role(role)}
+        for prompt in dealt(asked.values(), self.seed):
             sets.setdefault(prompt.source if prompt.harmful else f"{prompt.source}: {prompt.label}", []).append(prompt)
         table: list[Row] = []
         drops = {}
@@ -70,7 +71,8 @@ class Suffix:
                     }
                 )
         summary = opening("suffix", backend, data, judge)
-        first = next(name for name, prompts in sets.items() if prompts[0].harmful)
+        own = {p.source for p in data.role("refused_harmful")}
+        first = next(name for name, prompts in sets.items() if prompts[0].harmful and prompts[0].source in own)
         at = {(row["set"], row["form"]): row for row in table}
         before, drop = at[first, "with"], drops[first]
         refuses = before["rate"] >= 0.15

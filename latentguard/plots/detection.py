@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from latentguard.plots.style import GROUPS, Rows, figure_of, legend_below, plain
+from latentguard.plots.style import Rows, figure_of, group_style, legend_below, plain
 
 _DETECTORS = {
     "latent_guard": ("#D55E00", "o", "Latent Guard (all layers)"),
@@ -34,7 +34,7 @@ def detectors_by_group(rows: Rows, *, title: str) -> Figure:
     named = {row["group"]: row for row in rows}
     labels = []
     for group in groups:
-        row, name = named[group], GROUPS.get(group, ("", "", group))[2]
+        row, name = named[group], group_style(group)[2]
         labels.append(f"{name} · {row['is']}\nn = {row['n']}" + (" (withheld)" if row.get("withheld") else ""))
     axis.set_yticks(range(len(groups)), labels, fontsize=8.5)
     axis.invert_yaxis()

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from latentguard.plots.style import GROUPS, Rows, counted, figure_of, legend_below, plain
+from latentguard.plots.style import Rows, counted, figure_of, group_style, legend_below, plain
 
 
 def separation_by_layer(rows: Rows, *, title: str, depth: int) -> Figure:
@@ -21,7 +21,7 @@ def separation_by_layer(rows: Rows, *, title: str, depth: int) -> Figure:
         plain(axis).axhline(0, color="#555555", linewidth=0.8)
         here = [row for row in rows if row["position"] == position]
         for group in dict.fromkeys(row["group"] for row in here):
-            colour, marker, name = GROUPS[group]
+            colour, marker, name = group_style(group)
             line = sorted((row for row in here if row["group"] == group), key=lambda row: row["layer"])
             at = [row["layer"] for row in line]
             axis.fill_between(at, [row["q10"] for row in line], [row["q90"] for row in line], color=colour, alpha=0.07, linewidth=0)
@@ -40,7 +40,7 @@ def separation_by_position(rows: Rows, *, title: str, what: str) -> Figure:
     groups = list(dict.fromkeys(row["group"] for row in rows))
     axis.axhline(0, color="#555555", linewidth=0.8)
     for offset, group in enumerate(groups):
-        colour, marker, name = GROUPS[group]
+        colour, marker, name = group_style(group)
         line = [row for row in rows if row["group"] == group]
         at = [positions.index(row["position"]) + 0.08 * (offset - (len(groups) - 1) / 2) for row in line]
         spread = [[row["value"] - row["low"] for row in line], [row["high"] - row["value"] for row in line]]
@@ -62,7 +62,7 @@ def beliefs(points: Rows, *, title: str, correlations: Mapping[str, str]) -> Fig
     axis.axhline(0, color="#555555", linewidth=0.8)
     axis.axvline(0, color="#555555", linewidth=0.8)
     for group in dict.fromkeys(row["group"] for row in points):
-        colour, marker, name = GROUPS[group]
+        colour, marker, name = group_style(group)
         here = [row for row in points if row["group"] == group]
         x, y = [row["harmful"] for row in here], [row["refuse"] for row in here]
         axis.scatter(x, y, s=18, c=colour, marker=marker, alpha=0.55, linewidths=0, label=f"{name} (n = {len(here)})")

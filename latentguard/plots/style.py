@@ -31,6 +31,11 @@ GROUPS = {
 }
 
 
+def group_style(name: str) -> tuple[str, str, str]:
+    """Colour, marker and name of a group of prompts; one that a user named is grey, by its own name."""
+    return GROUPS.get(name, ("#7F7F7F", "*", name.replace("_", " ")))
+
+
 def figure_of(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
     return Figure(figsize=(width, height), layout="constrained")
