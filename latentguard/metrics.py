@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 
@@ -142,10 +143,12 @@ def split_half(rows: np.ndarray, compare: Callable[[np.ndarray, np.ndarray], flo
     return float(np.mean(found))
 
 
+@cache
 def _resamples(n: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, n, (DRAWS, n))
 
 
+@cache
 def _counts(n: int, seed: int) -> np.ndarray:
     """How often each of n is drawn in each resample."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS).astype(np.float32)

@@ -139,6 +139,20 @@ def test_taking_a_direction_away_turns_the_answer(ran):
     assert all(found[name]["value"] > 0.99 and found[name]["layer"] == 4 for name in NAMES)
 
 
+def test_a_blank_that_may_open_any_answer_is_no_no(data):
+    """Llama-2's tokenizer gives " No" and " Certainly" the same first token, a blank, with which nearly every reply begins."""
+
+    class Blank(Planted):
+        def first_token(self, text):
+            return 0 if text.startswith(" ") else super().first_token(text)
+
+        def _chance(self, prompt, rendered, acts):
+            return np.array([0.96, 0.01, 0.01, 0.01, 0.01])
+
+    summary = Categories(**SETTINGS)(Blank(inst=own(1.0), post=refusal), data, Phrases(), Memory())
+    assert all(row["value"] < 0.1 for row in summary["inversion"])
+
+
 @pytest.mark.parametrize("wrong", [{"window": (0.6, 0.4)}, {"least": 0}, {"harm_position": "user"}])
 def test_wrong_settings_fail_when_built(wrong):
     with pytest.raises((ValueError, InputError)):

@@ -153,12 +153,18 @@ def test_a_set_that_lacks_a_label_in_a_split_is_no_crash(tmp_path):
     assert study(Planted(inst=loud_marks), data, Phrases(), Memory())["status"] == "ok"
 
 
-def test_data_made_by_hand_say_that_they_have_one_final_mark():
+@pytest.mark.parametrize("terminals", [("keep", "strip", "period"), ("strip",)])
+def test_data_made_by_hand_say_that_they_have_one_final_mark(terminals):
+    """Their card says "period": no row may say that their marks were stripped."""
     data = dataset_of(everything())
     with pytest.raises(InputError, match="terminal"):
-        study = FinalToken(**SETTINGS)
+        study = FinalToken(terminals=terminals, **SETTINGS)
         study.check(8, data)
         study(Planted(), data, Phrases(), Memory())
+
+
+def test_data_made_by_hand_are_taken_with_the_mark_they_have():
+    data = dataset_of(everything())
     assert FinalToken(terminals=("period",), **SETTINGS)(Planted(), data, Phrases(), Memory())["status"] == "ok"
 
 

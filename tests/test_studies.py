@@ -340,7 +340,7 @@ def loses_its_suffix(prompt):
 
 @pytest.fixture(scope="module")
 def suffixed(data):
-    return run(Suffix(n_test=40), data, Planted(refuses=loses_its_suffix))
+    return run(Suffix(n_test=80), data, Planted(refuses=loses_its_suffix))
 
 
 def test_suffix_finds_the_refusals_that_go(suffixed, data):
@@ -348,7 +348,7 @@ def test_suffix_finds_the_refusals_that_go(suffixed, data):
     drops = summary["drops"]
     assert 0.2 < drops["north"]["value"] < 0.4 and drops["north"]["low"] > 0 and drops["hand: lookalike"]["low"] > 0.5
     assert summary["status"] == "ok" and verdicts(summary) == {1: "holds"}
-    other, _ = run(Suffix(n_test=40), data, Planted(refuses=lambda p: REFUSES(p) or (p.harmful and not p.suffix)))
+    other, _ = run(Suffix(n_test=80), data, Planted(refuses=lambda p: REFUSES(p) or (p.harmful and not p.suffix)))
     assert verdicts(other) == {1: "does not hold"} and other["drops"]["north"]["high"] < 0
 
 

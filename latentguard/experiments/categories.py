@@ -178,7 +178,8 @@ class Categories:
         """
         target = self.target or max(test, key=lambda name: len(test[name]))
         asked = [inverted(p, self.question) for p in test[target]]
-        tokens = sorted({backend.first_token(text) for text in ("No", " No", "no")})
+        opens = [{backend.first_token(blank + word) for blank, word in (("", w), (" ", w), ("", w.lower()))} for w in ("No", "Certainly")]
+        tokens = sorted(opens[0] - opens[1])  # in Llama-2's tokenizer a blank opens both
         layers = [round(share * backend.n_layers) for share in self.invert_layers]
         where = f"before('{self.question}')"
         cells: list[Cell] = [Cell(tags={"direction": "none", "layer": None})]
@@ -186,11 +187,17 @@ class Categories:
             grid = steering_grid(direction, layers, [-self.coef], positions=where)
             cells += [Cell(cell.interventions, {**cell.tags, "direction": name}) for cell in grid]
         answers = backend.logits(asked, Grid(tuple(cells)), reduce=lambda _, logprobs: float(logprobs[-1, tokens].exp().sum()))
+        tracker.rows(
+            [
+                {"stage": "inversion", "group": target, "prompt_id": p.id, **_plain(cell), "score": v}
+                for cell, found in zip(cells, answers, strict=True)
+                for p, v in zip(test[target], found, strict=True)
+            ]
+        )
         rows = [
             {"target": target, "direction": cell.tags["direction"], "layer": cell.tags["layer"], **mean(found).as_dict()}
             for cell, found in zip(cells, answers, strict=True)
         ]
-        tracker.rows([{"stage": "inversion", **row} for row in rows])
         best = [max((row for row in rows if row["direction"] == name), key=lambda row: row["value"]) for name in ("none", *directions)]
         tracker.figure(
             "categories_inversion", plots.no_by_category(best, title=f"{backend.name}: P(No) for {target} requests, minus each category's direction"), best
@@ -242,6 +249,10 @@ def _resampled_gap(difference: np.ndarray) -> Value:
 
 def _off_diagonal(matrix: np.ndarray) -> np.ndarray:
     return matrix[np.triu_indices(len(matrix), 1)]
+
+
+def _plain(cell: Cell) -> Row:
+    return {key: cell.tags.get(key) for key in ("direction", "layer", "coef")}
 
 
 def _slug(name: str) -> str:

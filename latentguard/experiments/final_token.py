@@ -64,8 +64,11 @@ class FinalToken:
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data without harmful or without harmless prompts in a split, and prompts whose final mark cannot be set anew."""
-        if data.spec is None and len(self.terminals) > 1:
-            raise InputError(f"exp.terminals={list(self.terminals)}: data {data.name} was made by hand and has one final mark each; name one terminal")
+        made = data.card.get("terminal", self.terminals[0])
+        if data.spec is None and set(self.terminals) != {made}:
+            raise InputError(
+                f"exp.terminals={list(self.terminals)}: data {data.name} was made by hand and its final marks stay as they are; name one terminal, {made}"
+            )
         for split in ("train", "validation", "test"):
             labels = {p.harmful for p in getattr(data, split)}
             if not labels >= {True, False}:
@@ -105,7 +108,7 @@ class FinalToken:
                             }
                         )
             table = _spread(table)
-            means += self._means(states, sets, fit, terminal)
+            means += self._means(states, sets, fit, terminal, tracker)
         summary = opening("final_token", backend, data, judge)
         summary |= {"poles": "label", "table": table, "means": means, "final_marks": marks, "fitted_on": list(fit), "effects": []}
         summary |= {"figures": ["final_token", "final_token_means"], "claim": self._claim(backend.name, table)}
@@ -153,7 +156,7 @@ class FinalToken:
             fitted = Counted.fit([items(p) for p in high], [items(p) for p in low])
             yield name, "text", lambda ps, f=fitted, items=items: np.array(f.score([items(p) for p in ps]))
 
-    def _means(self, states: Activations, sets: dict[str, Sets], fit: tuple[str, str], terminal: str) -> list[Row]:
+    def _means(self, states: Activations, sets: dict[str, Sets], fit: tuple[str, str], terminal: str, tracker: Tracker) -> list[Row]:
         """Mean s at the first position over the window of layers, set by set."""
         position, depth = self.positions[0], states.n_layers
         guard = LatentGuard.fit(states, *(sets["train"][name] for name in fit), position=position)
@@ -161,6 +164,7 @@ class FinalToken:
         found = []
         for name, prompts in sets["test"].items():
             s = guard.separation(states.at(position, prompts))[:, inside].mean(1).numpy()
+            tracker.rows(_scored(prompts, s, terminal, "mean_separation", position, name))
             found.append({"terminal": terminal, "set": name, "harmful": prompts[0].harmful, "position": position, **mean(s).as_dict(), "fitted": name in fit})
         return found
 

@@ -225,10 +225,7 @@ class _Inversion:
                 by_layer: dict[int, list[np.ndarray]] = {}
                 for cell, shares in zip(grid, self._answers(prompts, grid), strict=True):
                     by_layer.setdefault(cell.tags["layer"], []).append(shares)  # type: ignore[arg-type]
-                    about = {"stage": "curve", "label": side, **{k: v for k, v in cell.tags.items() if v is not None}}
-                    self.tracker.rows(
-                        [{**about, "prompt_id": p.id, **dict(zip(ANSWERS, map(float, s), strict=True))} for p, s in zip(prompts, shares, strict=True)]
-                    )
+                    self._keep("curve", side, cell, prompts, shares)
                 for layer, many in by_layer.items():
                     shares = np.mean(many, 0)  # over draws, prompt by prompt
                     right = mean(shares[:, ANSWERS.index(RIGHT[side])])
@@ -254,6 +251,7 @@ class _Inversion:
                 self.backend, [inverted(p, self.question) for p in prompts], grid, _Free(self.judge), self.tracker, self.set.max_new_tokens, stage="reported"
             )
             for (condition, rule, cell), shares, replies in zip(cells, self._answers(prompts, grid), told, strict=True):
+                self._keep("reported_p", side, cell, prompts, shares)
                 answers = [four_way(judged.reply.text, judged.verdict.label) for judged in replies]
                 line: Row = {"label": side, "direction": condition, "tokens": rule or ("" if condition == "none" else "paper"), "n": len(prompts)}
                 line |= {"layer": cell.tags.get("layer"), "coef": cell.tags.get("coef"), "draw": cell.tags.get("draw")}
@@ -262,6 +260,11 @@ class _Inversion:
                 kept = rate([answer == RIGHT[side] for answer in answers])
                 table.append({**line, "right": RIGHT[side], "rate": kept.rate, "low": kept.low, "high": kept.high})
         return table
+
+    def _keep(self, stage: str, side: str, cell: Cell, prompts: Sequence[Prompt], shares: np.ndarray, **tags: object) -> None:
+        """The four probabilities of every prompt, as rows."""
+        about = {"stage": stage, "label": side, **{k: v for k, v in cell.tags.items() if v is not None}, **tags}
+        self.tracker.rows([{**about, "prompt_id": p.id, **dict(zip(ANSWERS, map(float, s), strict=True))} for p, s in zip(prompts, shares, strict=True)])
 
     def _by_position(self, states: Any, cast: Cast, validated: Row) -> list[Row]:
         """P(certainly) on harmless prompts, steered with the direction extracted at each position (Fig. 16): best layer of each."""
@@ -273,6 +276,7 @@ class _Inversion:
             coef = validated["harmless +harm"]["coef"]
             grid = self._grid("+harm", self.layers, [coef], direction=direction)
             for cell, shares in zip(grid, self._answers(prompts, grid), strict=True):
+                self._keep("by_position", "harmless", cell, prompts, shares, extracted=position)
                 layer = cell.tags["layer"]
                 rows.append(
                     {
@@ -284,7 +288,6 @@ class _Inversion:
                         "valid": float(shares[:, :2].sum(1).mean()),
                     }
                 )  # type: ignore[arg-type]
-        self.tracker.rows([{"stage": "by_position", **row} for row in rows])
         self.tracker.figure(
             "inversion_by_position",
             plots.certainly_by_position(rows, title=f"{self.backend.name}: P(Certainly) on harmless prompts, by extraction position"),

@@ -16,7 +16,7 @@ from latentguard.errors import InputError
 from latentguard.experiments import Row, effect, opening
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge, Verdict
-from latentguard.metrics import paired_difference, rate
+from latentguard.metrics import base_rate_gate, paired_difference, rate
 from latentguard.prompts import Prompt
 from latentguard.roles import dealt, said
 from latentguard.trackers import Tracker
@@ -75,7 +75,7 @@ class Suffix:
         first = next(name for name, prompts in sets.items() if prompts[0].harmful and prompts[0].source in own)
         at = {(row["set"], row["form"]): row for row in table}
         before, drop = at[first, "with"], drops[first]
-        refuses = before["rate"] >= 0.15
+        refuses = not base_rate_gate(before["k"], before["n"])
         silent = at[first, "without"]["degenerate_rate"]  # a model that says nothing has not stopped refusing
         summary |= {"poles": "behaviour", "table": table, "drops": {name: value.as_dict() for name, value in drops.items()}, "figures": ["suffix"]}
         summary["status"] = "ok" if refuses and silent <= 0.5 else "insufficient_base_rate"
