@@ -234,7 +234,7 @@ def test_what_cannot_be_tuned_is_refused(fresh):
         refuses("has an adapter in it already")
     refuses("at least one example", examples=[])
     refuses("no token to learn", examples=[(TWO[0][0], "")])
-    refuses("tokens with its reply, but tiny-qwen2 takes", examples=[(TWO[0][0], "x" * 2000)])
+    refuses("tokens with its reply, but tiny-qwen2 takes", examples=[(TWO[0][0], "x" * 5000)])
     refuses("modules=", settings=Lora(modules=("no_such_part",)))
     refuses("loss is nan", settings=Lora(learning_rate=1e30, epochs=9))
 
