@@ -64,6 +64,13 @@ class Cells:
         return found or {backend.first_token(text) for text in ("I'm sorry", "I cannot", "Sorry", "I apologize")}
 
 
+def answer_tokens(backend: Backend) -> dict[str, set[int]]:
+    """First tokens of the answers "Certainly" and "No"; a token that opens both (a blank, in Llama-2's tokenizer) counts for neither."""
+    found = {word.lower(): {backend.first_token(text) for text in (word, f" {word}", word.lower())} for word in ("Certainly", "No")}
+    shared = found["certainly"] & found["no"]
+    return {word: tokens - shared for word, tokens in found.items()}
+
+
 def _side(prompt: Prompt) -> bool | None:
     return None if prompt.lookalike else prompt.harmful
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentguard.backends import Backend
 from latentguard.directions import Activations
 from latentguard.errors import InputError
 from latentguard.metrics import auroc
@@ -124,6 +125,11 @@ def best_layer(guard: LatentGuard, high: States, low: States) -> int:
     s = [guard.separation(side).numpy() for side in (high, low)]
     areas = [auroc(s[0][:, i], s[1][:, i]).value for i in range(guard.high.shape[0])]
     return min((i for i, area in enumerate(areas) if area >= max(areas) - 1e-9), key=lambda i: abs(i - middle))
+
+
+def last_tokens(backend: Backend, prompts: Sequence[Prompt]) -> list[list[object]]:
+    """The id of each instruction's last token: what the embedding layer knows at t_inst."""
+    return [[rendered.ids[rendered.user_tokens[-1]]] for rendered in backend.render(list(prompts))]
 
 
 def ngrams(text: str) -> list[object]:

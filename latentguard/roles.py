@@ -21,6 +21,7 @@ from latentguard.judges import Judge
 from latentguard.metrics import base_rate_gate
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, digest
+from latentguard.settings import check_counts, check_seed
 from latentguard.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,11 @@ class Cast:
         parts = [self.high, self.low, *(f.prompts for f in (*self.validation.values(), *self.test.values())), *self.labelled.values()]
         return list({prompt.id: prompt for part in parts for prompt in part}.values())
 
+    @property
+    def caveat(self) -> str:
+        """What a figure's title must add where the poles are by label."""
+        return " · poles by label" if self.poles == "label" else ""
+
     def apart(self, prompts: Iterable[Prompt]) -> list[Prompt]:
         """Those whose group lies in no pole: a jailbreak that wraps a pole's own request is not held out."""
         taken = {p.group for p in (*self.high, *self.low)}
@@ -105,11 +111,8 @@ class Casting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_poles", "n_test", "n_validation", "patience", "max_new_tokens"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
+        check_counts(self, "n_poles", "n_test", "n_validation", "patience", "max_new_tokens")
+        check_seed(self.seed)
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker, *, only_poles: bool = False) -> Cast:
         """Ask the model, unsteered, until the roles are full or their prompts are used up."""
@@ -220,7 +223,12 @@ def said(
 
 def about(prompt: Prompt) -> dict[str, Any]:
     """What a row says of its prompt."""
-    known = {"prompt_id": prompt.id, "prompt": prompt.instruction, "label": prompt.label, "category": prompt.category}
+    return {"prompt_id": prompt.id, "prompt": prompt.instruction, **without_text(prompt)}
+
+
+def without_text(prompt: Prompt) -> dict[str, Any]:
+    """The same but for its words: for scores and the tables of figures."""
+    known = {"prompt_id": prompt.id, "label": prompt.label, "category": prompt.category}
     return {**known, "source": prompt.source, "terminal": prompt.terminal}
 
 

@@ -30,6 +30,7 @@ from latentguard.interventions import Grid
 from latentguard.layers import Layers
 from latentguard.positions import Rendered
 from latentguard.prompts import Prompt, digest
+from latentguard.settings import check_counts, check_seed
 from latentguard.store import Stored
 
 Example = tuple[Prompt, str]
@@ -53,16 +54,13 @@ class Lora:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rank", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        check_counts(self, "rank", "epochs", "batch_size")
         for name in ("alpha", "learning_rate"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)}: give a finite number above 0")
         if not self.modules or (isinstance(self.modules, str) and self.modules != "all-linear"):
             raise ValueError(f"modules={self.modules!r}: give all-linear, or a list of the ends of module names, such as [q_proj, v_proj]")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
+        check_seed(self.seed)
 
 
 @plain_dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ LEVELS = {
         "interventions",
         "published",
         "pages",
+        "settings",
         "tensorfiles",
         "exchange",
         "directions",

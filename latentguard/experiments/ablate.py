@@ -34,6 +34,7 @@ from latentguard.plots import ablation as plots
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
 from latentguard.roles import POLES, Cast, Casting, dealt, find_places, said, shortfall
+from latentguard.settings import check_counts
 from latentguard.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,7 @@ class AblateRefusal:
             raise ValueError(f"max_depth={self.max_depth}: a share of the depth, above 0, such as 0.8")
         if not (self.max_kl >= 0 and math.isfinite(self.min_induced)):
             raise ValueError(f"max_kl={self.max_kl}, min_induced={self.min_induced}: give a number of 0 or more, and a finite one")
-        for name in (*(f for f in self.__dataclass_fields__ if f.startswith("n_")), "draws", "shuffles", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        check_counts(self, *(f for f in self.__dataclass_fields__ if f.startswith("n_")), "draws", "shuffles", "max_new_tokens")
         if self.max_new_tokens > _LONGEST:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: this study looks at how replies open, {_LONGEST} tokens at most")
 
@@ -268,7 +267,7 @@ class _Ablation:
         return rows
 
     def _draw(self, candidates: list[Row], unsteered: Row, chosen: Row, table: list[Row], cast: Cast) -> None:
-        caveat = "" if cast.poles == "behaviour" else " · poles by label"
+        caveat = cast.caveat
         limits = {"max_kl": self.set.max_kl, "min_induced": self.set.min_induced}
         title = f"{self.backend.name}: which refusal direction to ablate (validation prompts){caveat}"
         drawn = [{**row, "chosen": row is chosen} for row in candidates]

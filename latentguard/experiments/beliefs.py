@@ -18,7 +18,7 @@ from latentguard.judges import Judge
 from latentguard.metrics import Value, auroc, mean, pearson
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
-from latentguard.roles import BEHAVING, FOUR, MISBEHAVING, Cast, Casting, Filled, find_places, held_out, shortfall
+from latentguard.roles import BEHAVING, FOUR, MISBEHAVING, Cast, Casting, Filled, find_places, held_out, shortfall, without_text
 from latentguard.trackers import Tracker
 
 
@@ -73,7 +73,7 @@ class Beliefs:
         correlations = {} if broken else self._correlations(points)
         name = summary["study"]
         shown = {key: f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}], n = {value.n}" for key, value in correlations.items()}
-        poles = "" if cast.poles == "behaviour" else " · poles by label"
+        poles = cast.caveat
         figure = plots.beliefs(points, title=f"{backend.name}: taken for harmful, and about to be refused{poles}", correlations=shown)
         tracker.figure(name, figure, points)
         summary |= {"table": table, "figures": [name], "correlations": {key: value.as_dict() for key, value in correlations.items()}}
@@ -114,14 +114,7 @@ class Beliefs:
 
 
 def _about(prompt: Prompt) -> Row:
-    return {
-        "prompt_id": prompt.id,
-        "label": prompt.label,
-        "source": prompt.source,
-        "category": prompt.category,
-        "terminal": prompt.terminal,
-        "request": prompt.group,
-    }
+    return {**without_text(prompt), "request": prompt.group}
 
 
 def _column(points: list[Row], axis: str, *groups: str) -> np.ndarray:

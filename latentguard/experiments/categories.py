@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
+from latentguard.behaviour import answer_tokens
 from latentguard.datasets import Dataset
 from latentguard.detectors import LatentGuard, Projection
 from latentguard.directions import Activations, Direction, mean_difference
@@ -24,6 +25,7 @@ from latentguard.metrics import Value, auroc, mean, split_half
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, inverted
 from latentguard.roles import dealt, find_places
+from latentguard.settings import check_counts, check_seed, check_window
 from latentguard.trackers import Tracker
 
 KINDS = ("harm", "refuse")
@@ -50,13 +52,9 @@ class Categories:
     def __post_init__(self) -> None:
         for position in (self.harm_position, self.refuse_position):
             parse_position(position, reading=True)
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window={list(self.window)}: two shares of the depth, ascending")
-        for name in ("n_category", "n_test", "n_harmless", "least", "shuffles"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
+        check_window(self.window)
+        check_counts(self, "n_category", "n_test", "n_harmless", "least", "shuffles")
+        check_seed(self.seed)
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data with fewer than three categories of harm.
@@ -178,8 +176,7 @@ class Categories:
         """
         target = self.target or max(test, key=lambda name: len(test[name]))
         asked = [inverted(p, self.question) for p in test[target]]
-        opens = [{backend.first_token(blank + word) for blank, word in (("", w), (" ", w), ("", w.lower()))} for w in ("No", "Certainly")]
-        tokens = sorted(opens[0] - opens[1])  # in Llama-2's tokenizer a blank opens both
+        tokens = sorted(answer_tokens(backend)["no"])
         layers = [round(share * backend.n_layers) for share in self.invert_layers]
         where = f"before('{self.question}')"
         cells: list[Cell] = [Cell(tags={"direction": "none", "layer": None})]

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
-from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, ngrams
+from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
 from latentguard.experiments import Row, effect, opening
 from latentguard.judges import Judge
@@ -21,6 +21,7 @@ from latentguard.metrics import Rate, auroc, rate, tpr_at_fpr
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
 from latentguard.roles import FOUR, Cast, Casting, dealt, find_places
+from latentguard.settings import check_counts
 from latentguard.trackers import Tracker
 
 Scores = Callable[[Sequence[Prompt]], np.ndarray]
@@ -43,9 +44,7 @@ class Detect:
 
     def __post_init__(self) -> None:
         parse_position(self.position, reading=True)
-        for name in ("n_jailbreaks", "n_elsewhere", "n_in_domain"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        check_counts(self, "n_jailbreaks", "n_elsewhere", "n_in_domain")
         for name in (*(self.jailbreaks or ()), *([self.elsewhere] if self.elsewhere else [])):
             if name in FOUR:
                 raise ValueError(f"{name!r} is one of the four roles of every study: name another, such as template or categories")
@@ -95,7 +94,7 @@ class Detect:
         summary |= {"validated_layer": layer, "n_centroids": {"harmful": len(high), "harmless": len(cast.low)}, "figures": ["latent_guard"]}
         summary["status"] = cast.withheld or next((why for _, why in asked.values() if why), "") or "ok"
         summary |= {"effects": [_fourteen(table)] if seen else [], "claim": self._claim(backend.name, table, asked, cast)}
-        poles = "" if cast.poles == "behaviour" else " · poles by label"
+        poles = cast.caveat
         tracker.figure("latent_guard", plots.detectors_by_group(table, title=f"{backend.name}: detectors on held-out prompts{poles}"), table)
         return summary
 
@@ -167,11 +166,6 @@ class Detect:
 def _by_states(detector: Any, states: Activations, position: str = "") -> Scores:
     where = position or detector.position
     return lambda prompts: detector.score(states.at(where, prompts)).numpy()
-
-
-def last_tokens(backend: Backend, prompts: Sequence[Prompt]) -> list[list[object]]:
-    """The id of each instruction's last token: what the embedding layer knows at t_inst."""
-    return [[rendered.ids[rendered.user_tokens[-1]]] for rendered in backend.render(list(prompts))]
 
 
 def _once(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -16,7 +16,7 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset, load_dataset
-from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, ngrams
+from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
 from latentguard.errors import InputError
 from latentguard.experiments import Row, opening
@@ -25,6 +25,7 @@ from latentguard.metrics import Value, auroc, mean
 from latentguard.positions import parse_position
 from latentguard.prompts import TERMINALS, Prompt
 from latentguard.roles import dealt
+from latentguard.settings import check_counts, check_seed, check_window
 from latentguard.trackers import Tracker
 
 Sets = dict[str, list[Prompt]]
@@ -54,13 +55,9 @@ class FinalToken:
             raise ValueError("positions and terminals: name each once")
         if not self.positions or not self.terminals:
             raise ValueError("positions and terminals: name at least one each")
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window={list(self.window)}: two shares of the depth, ascending, such as [0.3, 0.7]")
-        for name in ("n_fit", "n_validation", "n_test", "shuffles"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
+        check_window(self.window)
+        check_counts(self, "n_fit", "n_validation", "n_test", "shuffles")
+        check_seed(self.seed)
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data without harmful or without harmless prompts in a split, and prompts whose final mark cannot be set anew."""
@@ -149,8 +146,7 @@ class FinalToken:
             for sides in mixed_sides(high, low, self.seed, self.shuffles):
                 control = LatentGuard.fit(states, *sides, position=position)
                 yield SHUFFLED, position, lambda ps, g=control, at=position: g.score(states.at(at, ps)).numpy()
-        rendered = {p.id: item for p, item in zip(states.prompts, backend.render(list(states.prompts)), strict=True)}
-        last = {key: [item.ids[item.user_tokens[-1]]] for key, item in rendered.items()}
+        last = dict(zip((p.id for p in states.prompts), last_tokens(backend, states.prompts), strict=True))
         baselines = {"last_token": lambda p: last[p.id], "ngram": lambda p: ngrams(p.instruction)}
         for name, items in baselines.items():
             fitted = Counted.fit([items(p) for p in high], [items(p) for p in low])

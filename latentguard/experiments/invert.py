@@ -6,7 +6,7 @@ as four probabilities from one forward pass, and again from generated text; noth
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict
@@ -14,21 +14,22 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
+from latentguard.behaviour import answer_tokens
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, mean_difference, random_like
 from latentguard.errors import InputError
 from latentguard.experiments import Row, effect, opening
 from latentguard.interventions import Cell, Grid, steering_grid
 from latentguard.judges import Judge
-from latentguard.layers import Layers, check_layer, resolve_layers
+from latentguard.layers import check_layer, resolve_layers
 from latentguard.metrics import Value, auroc, mean, rate
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, inverted
 from latentguard.roles import Cast, Casting, dealt, find_places, said
+from latentguard.settings import check_counts
 from latentguard.trackers import Tracker
 
 ANSWERS = ("certainly", "no", "decline", "other")
-_OPENINGS = {"certainly": ("Certainly", " Certainly", "certainly"), "no": ("No", " No", "no")}
 # What is added to which prompts (Fig. 5): the question is whether the answer that fits the prompt goes away.
 CONDITIONS = {
     "harmless": ("+harm", "+refuse", "-refuse", "+random"),
@@ -42,7 +43,7 @@ class Invert:
     """Settings of the study; conf/exp/inversion.yaml says what each is for."""
 
     questions: tuple[str, ...]
-    layers: tuple[int | float, ...] | str = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
+    layers: tuple[int | float, ...] | Literal["all"] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
     coefs: tuple[float, ...] = (1.0, 2.0)
     harm_position: str = "t_inst"
     refuse_position: str = "t_post_inst"
@@ -58,19 +59,17 @@ class Invert:
     def __post_init__(self) -> None:
         if not self.questions or not all(q.strip() for q in self.questions) or any("'" in q and '"' in q for q in self.questions):
             raise ValueError("questions: give at least one, none empty, each without one of the two kinds of quotation mark")
-        for layer in self.layers if not isinstance(self.layers, str) else ():
+        for layer in self.layers if self.layers != "all" else ():
             check_layer(layer)
         for position in (self.harm_position, self.refuse_position, *self.extract):
             parse_position(position, reading=True)
         if not self.coefs or not all(np.isfinite(c) and c > 0 for c in self.coefs):
             raise ValueError(f"coefs={list(self.coefs)}: give at least one, each finite and above 0")
-        for name in ("n_test", "n_validation", "n_extract", "draws", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        check_counts(self, "n_test", "n_validation", "n_extract", "draws", "max_new_tokens")
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse layers that the model does not have, and data without a prompt for a role."""
-        resolve_layers(_layers(self.layers), n_layers)
+        resolve_layers(self.layers, n_layers)
         for split in ("validation", "test"):
             for role in ("accepted_harmless", "refused_harmful"):
                 if not data.role(role, split):
@@ -84,16 +83,12 @@ class Invert:
         return _Inversion(self, backend, data, judge, tracker).summary()
 
 
-def _layers(layers: Any) -> Layers:
-    return layers
-
-
 class _Inversion:
     """One run, step by step."""
 
     def __init__(self, settings: Invert, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> None:
         self.set, self.backend, self.data, self.judge, self.tracker = settings, backend, data, judge, tracker
-        self.layers = resolve_layers(_layers(settings.layers), backend.n_layers)
+        self.layers = resolve_layers(settings.layers, backend.n_layers)
         self.prompts = {
             split: {
                 side: dealt(data.role(role, split), settings.casting.seed)[:n]
@@ -132,7 +127,7 @@ class _Inversion:
             "figures": ["inversion", "inversion_answers"],
         }
         summary["status"] = cast.withheld or "ok"
-        title = f"{self.backend.name}: does the answer about the request change?" + ("" if cast.poles == "behaviour" else " · poles by label")
+        title = f"{self.backend.name}: does the answer about the request change?" + cast.caveat
         self.tracker.figure("inversion", plots.inversion_by_layer(curves, baseline, title=title, depth=self.backend.n_layers), curves)
         self.tracker.figure("inversion_answers", plots.answers(table, title=f"{self.backend.name}: what it answers, at the validated settings"), table)
         if self.set.extract:
@@ -144,9 +139,7 @@ class _Inversion:
 
     def _openings(self, cast: Cast) -> dict[str, set[int]]:
         """First tokens of each answer; what refuses, and is neither, is declining."""
-        found = {name: {self.backend.first_token(text) for text in texts} for name, texts in _OPENINGS.items()}
-        shared = found["certainly"] & found["no"]  # in Llama-2's tokenizer a blank opens both
-        found = {name: tokens - shared for name, tokens in found.items()}
+        found = answer_tokens(self.backend)
         return found | {"decline": cast.cells().refusal_tokens(self.backend) - found["certainly"] - found["no"]}
 
     def _questions(self) -> list[Row]:

@@ -20,7 +20,8 @@ from latentguard.judges import Judge
 from latentguard.metrics import mean, split_half
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
-from latentguard.roles import FOUR, Cast, Casting, find_places, held_out, shortfall
+from latentguard.roles import FOUR, Cast, Casting, find_places, held_out, shortfall, without_text
+from latentguard.settings import check_window
 from latentguard.trackers import Tracker
 
 
@@ -39,8 +40,7 @@ class Separate:
             parse_position(position, reading=True)
         if not self.positions:
             raise ValueError("positions=[]: name at least one, such as t_inst")
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise ValueError(f"window={list(self.window)}: two shares of the depth, ascending, such as [0.3, 0.7]")
+        check_window(self.window)
         if self.shuffles < 1:
             raise ValueError(f"shuffles={self.shuffles}: at least 1")
 
@@ -100,7 +100,7 @@ class Separate:
         return found
 
     def _draw(self, tracker: Tracker, rows: list[Row], table: list[Row], backend: Backend, cast: Cast) -> str:
-        poles = "" if cast.poles == "behaviour" else " · poles by label"
+        poles = cast.caveat
         if self.show == "layers":
             title = f"{backend.name}: on which side of the poles do states lie?{poles}"
             tracker.figure("clusters", plots.separation_by_layer(rows, title=title, depth=backend.n_layers), rows)
@@ -129,9 +129,8 @@ def _signed(row: Row) -> str:
 
 
 def _scored(prompt: Prompt, position: str, group: str, values: np.ndarray, inside: list[int]) -> Row:
-    about = {"prompt_id": prompt.id, "label": prompt.label, "source": prompt.source, "category": prompt.category, "terminal": prompt.terminal}
     return {
-        **about,
+        **without_text(prompt),
         "stage": "separation",
         "position": position,
         "group": group,

@@ -29,7 +29,8 @@ from latentguard.layers import check_layer, resolve_layers
 from latentguard.metrics import Rate, Value, clustered_rate, rate
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, digest
-from latentguard.roles import Casting, said
+from latentguard.roles import Casting, find_places, said
+from latentguard.settings import check_counts, check_seed
 from latentguard.trackers import Tracker
 
 log = logging.getLogger(__name__)
@@ -73,12 +74,8 @@ class Steer:
             raise ValueError(f"min_log_odds={self.min_log_odds}, max_damage={self.max_damage}: give a finite number, and one of 0 or more")
         if len(set(self.coefs)) < len(self.coefs):
             raise ValueError(f"coefs={list(self.coefs)}: one stands twice")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
-        counts = tuple(name for name in self.__dataclass_fields__ if name.startswith(("n_", "draws", "max_new")))
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        check_seed(self.seed)
+        check_counts(self, *(name for name in self.__dataclass_fields__ if name.startswith(("n_", "draws", "max_new"))))
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse layers that the model does not have, and data without the prompts that steering needs."""
@@ -104,9 +101,7 @@ class _Run:
         self.test = self._some(plain(data, "test"), settings.n_test)
         self.grid_prompts = self.test[: settings.n_grid]
         self.validation = self._some(plain(data, "validation"), settings.n_validation)
-        for rendered in backend.render(list(data)):  # a place that a prompt does not have is said before anything is generated
-            for position in (settings.harm_position, settings.refuse_position, settings.where):
-                parse_position(position).tokens(rendered)
+        find_places(backend, data, [settings.harm_position, settings.refuse_position, settings.where])
 
     def summary(self) -> dict[str, Any]:
         """All steps, and what came out."""
@@ -167,9 +162,7 @@ class _Run:
             "figures": ["refusal_by_layer", "refusal_by_coefficient", "cosine_by_layer"],
         }
         self._draw(grid, baseline["harmless"], chosen, withheld)
-        figure = plots.cosine_by_layer(
-            cosines, title=f"{self.backend.name}: cosine of v_harm and v_refuse" + (" · poles by label" if withheld else ""), depth=self.backend.n_layers
-        )
+        figure = plots.cosine_by_layer(cosines, title=f"{self.backend.name}: cosine of v_harm and v_refuse" + cast.caveat, depth=self.backend.n_layers)
         self.tracker.figure("cosine_by_layer", figure, cosines)
         summary["effects"] = self._effects(summary, alike, withheld)
         summary["claim"] = self._claim(summary, withheld)
@@ -291,7 +284,7 @@ class _Run:
 
     def _draw(self, grid: list[Row], baseline: list[Verdict], chosen: dict[str, Row], withheld: str) -> None:
         base = counted(baseline)
-        caveat = " · poles by label" if withheld else ""
+        caveat = self.cast.caveat
         title = f"{self.backend.name}: steering harmless requests ({self.set.when}){caveat}"
         self.tracker.figure("refusal_by_layer", plots.refusal_by_layer(grid, base, title=title, depth=self.backend.n_layers), grid)
         main = self.set.direction

@@ -19,6 +19,7 @@ from latentguard.judges import Judge, Verdict
 from latentguard.metrics import base_rate_gate, paired_difference, rate
 from latentguard.prompts import Prompt
 from latentguard.roles import dealt, said
+from latentguard.settings import check_counts, check_seed
 from latentguard.trackers import Tracker
 
 FORMS = ("with", "without")
@@ -33,11 +34,8 @@ class Suffix:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_test", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: give an int from 0 to {2**32 - 1}")
+        check_counts(self, "n_test", "max_new_tokens")
+        check_seed(self.seed)
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data without harmful prompts to test."""

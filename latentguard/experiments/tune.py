@@ -30,6 +30,7 @@ from latentguard.plots import tuning as plots
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
 from latentguard.roles import Casting, Filled, about, dealt, find_places, said
+from latentguard.settings import check_counts
 from latentguard.trackers import Tracker
 from latentguard.tuning import Lora, require_peft, tuned
 
@@ -80,9 +81,7 @@ class Tune:
             check_layer(layer)
         for position in (self.harm_position, self.refuse_position):
             parse_position(position, reading=True)
-        for name in ("n_steer", "n_draw", "draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        check_counts(self, "n_steer", "n_draw", "draws")
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse layers that the model does not have, data without the prompts the study needs, and a missing library."""

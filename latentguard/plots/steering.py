@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from latentguard.plots.style import STYLE, Rows, figure_of, legend_below
+from latentguard.plots.style import STYLE, Rows, counted, figure_of, legend_below, plain
 
 
 def refusal_by_layer(rows: Rows, baseline: Mapping[str, Any], *, title: str, depth: int) -> Figure:
@@ -39,7 +39,7 @@ def cosine_by_layer(rows: Rows, *, title: str, depth: int) -> Figure:
     """Cosine of two directions by layer beside what two halves of the prompts reach. Rows: layer, value, low, high, ceiling, n."""
     figure = figure_of(6.8, 4.4)
     axis = figure.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
+    plain(axis)
     at = [row["layer"] for row in rows]
     axis.axhline(0, color="#555555", linewidth=0.8)
     axis.fill_between(at, [row["low"] for row in rows], [row["high"] for row in rows], color="#D55E00", alpha=0.2, linewidth=0)
@@ -77,17 +77,15 @@ def replies_side_by_side(rows: Rows, *, title: str, columns: Mapping[str, str]) 
 
 
 def _lines(axis: Any, rows: Rows, x: str, baseline: Mapping[str, Any]) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
+    plain(axis)
     colour, _, dashes, name = STYLE["none"]
     axis.axhline(baseline["rate"], color=colour, linestyle=dashes, linewidth=1.2, label=f"{name} (n = {baseline['n']})")
     axis.axhspan(baseline["low"], baseline["high"], color=colour, alpha=0.10, linewidth=0)
     for direction in dict.fromkeys(row["direction"] for row in rows):
         line = sorted((row for row in rows if row["direction"] == direction), key=lambda row: row[x])
         colour, marker, dashes, name = STYLE[direction]
-        sizes = sorted({row["n"] for row in line})
-        count = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]}–{sizes[-1]}"
         at = [row[x] for row in line]
-        axis.plot(at, [row["rate"] for row in line], color=colour, marker=marker, linestyle=dashes, label=f"{name} ({count})")
+        axis.plot(at, [row["rate"] for row in line], color=colour, marker=marker, linestyle=dashes, label=f"{name} ({counted(line)})")
         axis.fill_between(at, [row["low"] for row in line], [row["high"] for row in line], color=colour, alpha=0.15, linewidth=0)
 
 
