@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 move_caches()
 
 
-def load(model: str, /, *, batch_size: int = 192, **settings: Any) -> "Local":
+def load(model: str, /, *, batch_size: int | str = "auto", **settings: Any) -> "Local":
     """The model of a config name, a folder or a Hub id.
 
     Args:

@@ -55,6 +55,60 @@ class Activations:
         return self.layers.index(layer)
 
 
+@dataclass(eq=False)
+class Moments:
+    """Count, mean and, where asked for, covariance of states, added up batch by batch without keeping them.
+
+    Sums are of differences from the first state, so that large means cost no digits. `covariance` is the unbiased
+    one of each layer and position apart.
+    """
+
+    layers: tuple[int, ...]
+    positions: tuple[str, ...]
+    model: str
+    weights: str
+    n_layers: int
+    n: int
+    _sum: Float[Tensor, "layer position d_model"]
+    _products: Float[Tensor, "layer position d_model d_model"] | None
+    _origin: Float[Tensor, "layer position d_model"] | None = None
+
+    @classmethod
+    def none(
+        cls, layers: tuple[int, ...], positions: tuple[str, ...], d_model: int, covariance: bool, model: str, weights: str, n_layers: int
+    ) -> "Moments":  # fmt: skip
+        """Of no state yet."""
+        shape = (len(layers), len(positions), d_model)
+        products = torch.zeros(*shape, d_model) if covariance else None
+        return cls(layers, positions, model, weights, n_layers, 0, torch.zeros(shape, dtype=torch.float64), products)
+
+    def add(self, states: Float[Tensor, "prompt layer position d_model"]) -> None:
+        """Count some more states."""
+        if self._origin is None:
+            self._origin = states[0].double()
+        shifted = states.double() - self._origin
+        self._sum += shifted.sum(0)
+        if self._products is not None:
+            near = shifted.permute(1, 2, 3, 0).float()
+            self._products += near @ near.transpose(-1, -2)
+        self.n += len(states)
+
+    @property
+    def mean(self) -> Float[Tensor, "layer position d_model"]:
+        """The mean state, float32."""
+        if self._origin is None:
+            raise InputError("moments of no prompts: give at least one")
+        return (self._origin + self._sum / self.n).float()
+
+    @property
+    def covariance(self) -> Float[Tensor, "layer position d_model d_model"]:
+        """Covariance of the dimensions, float32."""
+        if self._products is None or self.n < 2:
+            raise InputError(f"covariance of {self.n} states{'' if self._products is not None else ', not asked for'}: read two or more with covariance=True")
+        off = (self._sum / self.n).float()
+        return (self._products - self.n * off[..., :, None] * off[..., None, :]) / (self.n - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     """One vector a layer, and everything that made it. Not normalised unless `method` says so.

@@ -189,13 +189,14 @@ def test_wrong_layers_and_foreign_directions_are_refused(tiny, prompts, directio
 
 def states_under(backend, prompt, acts):
     """All states of one prompt under interventions, from the engine's own forward pass: [layer, token, d_model]."""
-    from latentguard.backends.batches import make_batch
+    from latentguard.backends.batches import make_batch, make_plan
 
     rendered = backend.render([prompt])
     batch = make_batch([prompt], rendered, backend.pad, backend.device)
     every = tuple(range(backend.n_layers + 1))
-    out = backend._prefill(batch, [Cell(tuple(acts))], 1, collect=every)
-    return torch.stack([out.rest[layer][0] for layer in every])
+    plan = make_plan([(Cell(tuple(acts)), 0)], batch, backend.n_layers)
+    out = backend.passes.forward(batch.ids, batch.mask, batch.position_ids, backend.passes.cache(), plan, collect=every)
+    return torch.stack([out.states[layer][0] for layer in every])
 
 
 def test_a_model_without_keys_and_values_is_refused():

@@ -1,12 +1,12 @@
 """Backend: a model as the rest of the package sees it. Imports no model library; the real ones live beside it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
 from torch import Tensor
 
-from latentguard.directions import Activations
+from latentguard.directions import Activations, Moments
 from latentguard.errors import InputError
 from latentguard.interventions import Cell, Grid, Intervention
 from latentguard.layers import Layers
@@ -68,6 +68,10 @@ class Backend(Protocol):
 
     def read(self, prompts: object, layers: Layers = "all", positions: Sequence[str] = ("t_inst",)) -> Activations:
         """States at named positions: float32 [prompt, layer, position, d_model]. Stops after the deepest layer."""
+        ...
+
+    def moments(self, prompts: Iterable[object], layers: Layers = "all", positions: Sequence[str] = ("t_inst",), covariance: bool = False) -> Moments:
+        """Mean (and covariance) of states, for prompts whose states need not be kept; `prompts` may be a generator."""
         ...
 
     def logits(

@@ -4,13 +4,13 @@ A batch is padded on the left, but after the prefix that all its prompts share (
 [prefix | padding | rest]. The prefix is then run once a cell instead of once a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from latentguard.interventions import Cell, add, patch, scale
+from latentguard.interventions import Cell, Intervention, add, patch, scale
 from latentguard.positions import Rendered, parse_position
 from latentguard.prompts import Prompt
 
@@ -64,68 +64,89 @@ def shared_prefix(rendered: Sequence[Rendered]) -> int:
 
 @dataclass(frozen=True)
 class Slot:
-    """One operation on one layer for all rows at once; `mask` [row, column, 1] says where, `step` [row, 1, 1] whether
-    generated tokens too.
-    """
+    """One operation on one layer for all rows at once; `mask` [row, column, 1] says where."""
 
     kind: str
     vector: Tensor
     amount: Tensor
     mask: Tensor
-    step: Tensor
 
-    def __call__(self, state: Tensor, where: Tensor) -> Tensor:
-        """`state` with the operation done where `where` [row, column, 1] is true."""
-        changed = KINDS[self.kind](state.float(), self.vector.to(state.device), self.amount.to(state.device))
-        return torch.where(where.to(state.device), changed.to(state.dtype), state)
+    def __call__(self, state: Tensor) -> Tensor:
+        """`state` [row, column, d_model] with the operation done where the mask is true."""
+        device = state.device
+        changed = KINDS[self.kind](state.float(), self.vector.to(device), self.amount.to(device))
+        return torch.where(self.mask.to(device), changed.to(state.dtype), state)
 
     def take(self, rows: Tensor, columns: slice = slice(None)) -> "Slot":
         """The same for some rows and columns."""
-        return Slot(self.kind, self.vector[rows], self.amount[rows], self.mask[rows][:, columns], self.step[rows])
+        return Slot(self.kind, self.vector[rows], self.amount[rows], self.mask[rows][:, columns])
 
 
 Plan = dict[int, list[Slot]]
 
 
-def make_plan(cells: Sequence[Cell], batch: Batch, n_layers: int) -> Plan:
-    """What happens at each layer when every cell meets every prompt; rows are cell by cell, prompt by prompt."""
-    count, device = len(batch.prompts), batch.ids.device
+def make_plan(rows: Sequence[tuple[Cell, int]], batch: Batch, n_layers: int) -> Plan:
+    """What happens at each layer in the prefill of rows that are a cell and a prompt of the batch each."""
+    found: dict[tuple[str, int], list[int]] = {}
+
+    def columns(row: int, act: Intervention) -> list[int]:
+        place, j = act.positions, rows[row][1]
+        if (place, j) not in found:
+            found[place, j] = [batch.column(j, token) for token in parse_position(place).tokens(batch.rendered[j])]
+        return found[place, j]
+
+    return _plan([(cell.interventions, batch.prompts[j]) for cell, j in rows], columns, batch.width, n_layers, batch.ids.device)
+
+
+def step_plan(rows: Sequence[tuple[Cell, Prompt]], n_layers: int, device: torch.device) -> Plan:
+    """What happens at each generated token."""
+    going = [(tuple(act for act in cell.interventions if act.when == "every_step"), prompt) for cell, prompt in rows]
+    return _plan(going, lambda *_: [0], 1, n_layers, device)
+
+
+def _plan(
+    rows: Sequence[tuple[Sequence[Intervention], Prompt]], columns: Callable[[int, Intervention], list[int]], width: int, n_layers: int, device: torch.device
+) -> Plan:  # fmt: skip
     found: dict[int, dict[tuple[int, str], list]] = {}
-    for c, cell in enumerate(cells):
-        for j, prompt in enumerate(batch.prompts):
-            depth: dict[int, int] = {}
-            for act in cell.interventions:
-                columns = [batch.column(j, token) for token in parse_position(act.positions).tokens(batch.rendered[j])]
-                for layer in act.layers(n_layers):
-                    order = depth[layer] = depth.get(layer, -1) + 1
-                    entry = (c * count + j, act.vector(layer, prompt), act.amount, columns, act.when == "every_step")
-                    found.setdefault(layer, {}).setdefault((order, act.kind), []).append(entry)
+    for row, (acts, prompt) in enumerate(rows):
+        depth: dict[int, int] = {}
+        for act in acts:
+            for layer in act.layers(n_layers):
+                order = depth[layer] = depth.get(layer, -1) + 1
+                found.setdefault(layer, {}).setdefault((order, act.kind), []).append((row, act.vector(layer, prompt), act.amount, columns(row, act)))
     plan: Plan = {}
     for layer, slots in found.items():
         for (_, kind), entries in sorted(slots.items(), key=lambda item: item[0]):
-            rows = len(cells) * count
-            vector = torch.zeros(rows, 1, entries[0][1].shape[-1])
-            amount, step = torch.zeros(rows, 1, 1), torch.zeros(rows, 1, 1, dtype=torch.bool)
-            mask = torch.zeros(rows, batch.width, 1, dtype=torch.bool)
-            for row, value, size, columns, every in entries:
-                vector[row, 0], amount[row], step[row] = value, size, every
-                mask[row, columns] = True
-            plan.setdefault(layer, []).append(Slot(kind, vector.to(device), amount.to(device), mask.to(device), step.to(device)))
+            vector, amount = torch.zeros(len(rows), 1, entries[0][1].shape[-1]), torch.zeros(len(rows), 1, 1)
+            mask = torch.zeros(len(rows), width, 1, dtype=torch.bool)
+            for row, value, size, at in entries:
+                vector[row, 0], amount[row] = value, size
+                mask[row, at] = True
+            plan.setdefault(layer, []).append(Slot(kind, vector.to(device), amount.to(device), mask.to(device)))
     return plan
 
 
 def take_plan(plan: Plan, rows: Tensor, columns: slice = slice(None)) -> Plan:
-    """A plan for some rows and columns; layers that do nothing there are left out."""
+    """A plan for some rows and columns; layers where nothing happens are left out."""
     taken = {layer: [slot.take(rows, columns) for slot in slots] for layer, slots in plan.items()}
-    return {layer: slots for layer, slots in taken.items() if any(bool(slot.mask.any()) for slot in slots)}
-
-
-def step_plan(plan: Plan, rows: Tensor) -> Plan:
-    """What of a plan goes on at each generated token."""
-    taken = {layer: [slot.take(rows) for slot in slots] for layer, slots in plan.items()}
-    return {layer: kept for layer, slots in taken.items() if (kept := [slot for slot in slots if bool(slot.step.any())])}
+    return {layer: kept for layer, slots in taken.items() if (kept := [slot for slot in slots if bool(slot.mask.any())])}
 
 
 def first_layer(cell: Cell, n_layers: int) -> int:
-    """The lowest layer a cell touches; below it nothing differs from the clean run. L + 1 where it touches none."""
-    return min((min(act.layers(n_layers)) for act in cell.interventions), default=n_layers + 1)
+    """The lowest layer a cell touches; below it nothing differs from the clean run. L where it touches none."""
+    return min((min(act.layers(n_layers)) for act in cell.interventions), default=n_layers)
+
+
+def lengthwise(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:
+    """Indices in batches of like length, longest first: little padding, and what will not fit fails at once.
+
+    Args:
+        fits: whether a batch of (rows, longest length) may be.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and fits(len(batches[-1]) + 1, lengths[batches[-1][0]]):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

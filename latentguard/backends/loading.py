@@ -20,10 +20,10 @@ from latentguard.templates import Template
 from latentguard.weights import ModelSpec, config_folder, locate, weights_hash
 
 log = logging.getLogger(__name__)
-_slot: dict[tuple, Local] = {}
+_slot: dict[str, Local] = {}
 
 
-def load(spec: ModelSpec, *, batch_size: int = 192) -> Local:
+def load(spec: ModelSpec, *, batch_size: int | str = "auto") -> Local:
     """The model of a spec, in memory."""
     settings = {"name": spec.name, "template": spec.template, "system": spec.system, "batch_size": batch_size}
     if spec.tiny is not None:
@@ -57,15 +57,16 @@ def load(spec: ModelSpec, *, batch_size: int = 192) -> Local:
     return Local(model, tokenizer, weights=weights_hash(Path(folder)), **settings)
 
 
-def resident(spec: ModelSpec, *, batch_size: int = 192) -> Local:
+def resident(spec: ModelSpec, *, batch_size: int | str = "auto") -> Local:
     """The model of a spec; the one before it leaves memory first (never two at once)."""
-    wanted = (digest(repr(spec)), batch_size)
+    wanted = digest(repr(spec))
     if wanted not in _slot:
         _slot.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _slot[wanted] = load(spec, batch_size=batch_size)
+    _slot[wanted].batch_size = batch_size
     return _slot[wanted]
 
 

@@ -1,0 +1,138 @@
+"""How much goes into one forward pass, and what happens when that was too much. Knows no prompt.
+
+A budget is measured once, from the memory that is free and the size of the model's states; where it still was too
+much it is halved and the work goes on.
+"""
+
+import contextlib
+import gc
+import logging
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentguard import families
+from latentguard.caches import cache_dir
+from latentguard.errors import InputError
+
+log = logging.getLogger(__name__)
+_CPU_ROWS, _GPU_ROWS = 96, 512  # rows that decode together: more do not get cheaper
+_GPU_TOKENS = 32_768
+_CPU_WORK = 2e11  # multiply-adds of one forward pass that hide what a pass costs besides; more is slower, the processor's caches being small
+
+
+@dataclass
+class Budget:
+    """How much goes into one pass.
+
+    Args:
+        rows: rows of one pass, at most.
+        tokens: tokens of one prefill, padding included.
+        room: bytes.
+        a_token: bytes of one token's keys, values and intermediate states.
+        a_logit: bytes of one token's logits and their logarithms.
+        tried: rows of the last pass: what is halved where memory ran out.
+    """
+
+    rows: int
+    tokens: int = 2**62
+    room: int = 2**62
+    a_token: int = 1
+    a_logit: int = 1
+    tried: int = 1
+
+    @classmethod
+    def of(cls, model: Any, batch_size: int | None) -> "Budget":
+        """Rows as given, or what the model's shapes and half of the free memory allow."""
+        if batch_size is not None:
+            return cls(batch_size)
+        config, device = families.text_config(model.config), next(model.parameters()).device
+        wide, heads = config.hidden_size, config.num_attention_heads
+        keys = 2 * families.n_layers(config) * (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or wide // heads)
+        inner = getattr(config, "intermediate_size", None) or 4 * wide
+        sizes = {"a_token": keys * next(model.parameters()).element_size() + 4 * (16 * wide + 4 * inner), "a_logit": 12 * config.vocab_size}
+        room = free_memory(device) // 2
+        if device.type != "cpu":
+            return cls(_GPU_ROWS, _GPU_TOKENS, room, **sizes)
+        weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        return cls(_CPU_ROWS, min(8192, max(512, int(_CPU_WORK / weights))), room, **sizes)
+
+    def fits(self, rows: int, tokens: int, logits: int = 1) -> bool:
+        """Whether rows of so many tokens, the last `logits` with logits, go into one pass; one row always does."""
+        within = rows <= self.rows and rows * tokens <= self.tokens
+        return rows <= 1 or (within and rows * (tokens * self.a_token + logits * self.a_logit) <= self.room)
+
+    def together(self, tokens: int) -> int:
+        """How many rows of `tokens` tokens generate together."""
+        return max(1, min(self.rows, self.room // (tokens * self.a_token)))
+
+    def shrink(self) -> None:
+        """After the last pass was too much: half its rows, or an end where there is nothing to halve."""
+        tried = self.tried
+        if tried <= 1:
+            raise InputError("out of memory with one prompt in the batch: free memory, or choose a smaller model, dtype, quantization or shorter prompts")
+        self.rows = max(1, min(self.rows, tried) // 2)
+        log.warning("out of memory with %d rows in a batch: going on with %d", tried, self.rows)
+        _release()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take: of the device, or of this machine under its limits (cgroup, ulimit -v)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        free.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - psutil.Process().memory_info().vms)
+    return max(0, min(free))
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: torch names it on a GPU and only words it on a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+    )
+
+
+@contextlib.contextmanager
+def shortage() -> Iterator[list[bool]]:
+    """Out of memory inside is kept from rising, and told in the list: it is empty where all went well."""
+    short: list[bool] = []
+    try:
+        yield short
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        short.append(True)
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def blank_states(*shape: int) -> torch.Tensor:
+    """Zeros for states, float32: in memory, or in an unnamed file mapped into it where they would take half of what is free."""
+    count = math.prod(shape)
+    if count * 4 <= free_memory(torch.device("cpu")) // 2:
+        return torch.zeros(shape)
+    folder = cache_dir("states")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.truncate(count * 4)
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).reshape(shape)
