@@ -35,8 +35,9 @@ def blocks_path(model: torch.nn.Module) -> str:
 
 
 def sliding_window(config: Any) -> int | None:
-    """The shortest attention window of the model, None where every layer sees everything."""
+    """The shortest attention window (or chunk) of the model, None where every layer sees everything."""
     text = text_config(config)
-    kinds = getattr(text, "layer_types", None)
-    slides = getattr(text, "sliding_window", None) and (kinds is None or any("sliding" in kind for kind in kinds))
-    return text.sliding_window if slides else None
+    kinds = getattr(text, "layer_types", None) or getattr(text, "attention_layers", None)
+    names = {"sliding_window": "sliding", "attention_chunk_size": "chunked", "window_size": "local"}
+    lengths = [getattr(text, name, None) for name, kind in names.items() if kinds is None or any(kind in str(told) for told in kinds)]
+    return min((length for length in lengths if isinstance(length, int)), default=None)

@@ -7,7 +7,7 @@ switched on only while the tuned backend runs. Nothing is left on disk unless `k
 import copy
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from latentguard.backends import Acting, Backend, Decoding, Reply
 from latentguard.backends.batches import make_batch, shared_prefix
 from latentguard.backends.local import Local
-from latentguard.directions import Activations, tensor_hash
+from latentguard.directions import Activations, Moments, tensor_hash
 from latentguard.errors import InputError
 from latentguard.interventions import Grid
 from latentguard.layers import Layers
@@ -134,9 +134,7 @@ def example_losses(backend: Local, prompts: Sequence[Prompt], rendered: Sequence
     The text that all prompts share is run once, and the output head sees the target positions only.
     """
     longest = max(item.target for item in rendered)
-    whole = max(map(len, rendered))
-    alone = backend.window and whole > backend.window
-    cut = 0 if alone else min(shared_prefix(rendered), *(len(item) - item.target - 1 for item in rendered))
+    cut = min(shared_prefix(rendered), *(len(item) - item.target - 1 for item in rendered)) if backend.shares(rendered) else 0
     batch = make_batch(prompts, rendered, backend.pad, backend.device, cut)
     cache = None
     if cut:
@@ -316,6 +314,11 @@ class _Switched(Local):
         """As `Local`, with the adapter on."""
         with self._switch:
             return super().read(prompts, layers, positions)
+
+    def moments(self, prompts: Iterable[object], layers: Layers = "all", positions: Sequence[str] = ("t_inst",), covariance: bool = False) -> Moments:
+        """As `Local`, with the adapter on."""
+        with self._switch:
+            return super().moments(prompts, layers, positions, covariance)
 
     def logits(self, prompts: object, interventions: Acting = (), **settings: Any) -> list:
         """As `Local`, with the adapter on."""

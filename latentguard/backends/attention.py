@@ -101,21 +101,28 @@ def mergeable(cache: DynamicCache) -> bool:
     )
 
 
-def merged(caches: Sequence[DynamicCache], room: int, width: int) -> DynamicCache:
-    """The rows of several caches as one, `width` tokens wide: shorter ones are padded on the left (and are to be masked there)."""
+def merged(caches: Sequence[DynamicCache], masks: Sequence[Tensor], room: int) -> tuple[DynamicCache, Tensor]:
+    """The rows of several caches as one, and its mask [row, column]: each row's tokens at the right end, in their order, so
+    that the cache is no wider than its longest row; `room` is for tokens to come.
+    """
+    width = max(int(mask.sum(1).max()) for mask in masks)
+    orders = [mask.argsort(dim=1, stable=True)[:, -width:] for mask in masks]
+    told = [torch.nn.functional.pad(mask.gather(1, order), (width - order.shape[1], 0)) for mask, order in zip(masks, orders, strict=True)]
     out = copy.copy(caches[0])
     out.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         held: list[Any] = list(layers)
-        out.layers.append(Roomy(_stacked([layer.keys for layer in held], width, room), _stacked([layer.values for layer in held], width, room), width))
-    return out
+        keys, values = ([getattr(layer, name) for layer in held] for name in ("keys", "values"))
+        out.layers.append(Roomy(_gathered(keys, orders, width, room), _gathered(values, orders, width, room), width))
+    return out, torch.cat(told)
 
 
-def _stacked(parts: Sequence[Tensor], width: int, room: int) -> Tensor:
+def _gathered(parts: Sequence[Tensor], orders: Sequence[Tensor], width: int, room: int) -> Tensor:
     _, heads, _, size = parts[0].shape
     whole = parts[0].new_zeros(sum(len(part) for part in parts), heads, width + room, size)
     row = 0
-    for part in parts:
-        whole[row : row + len(part), :, width - part.shape[-2] : width] = part
+    for part, order in zip(parts, orders, strict=True):
+        order = order.to(part.device)[:, None, :, None].expand(-1, heads, -1, size)
+        whole[row : row + len(part), :, width - order.shape[2] : width] = part.gather(2, order)
         row += len(part)
     return whole

@@ -137,16 +137,30 @@ def first_layer(cell: Cell, n_layers: int) -> int:
     return min((min(act.layers(n_layers)) for act in cell.interventions), default=n_layers)
 
 
-def lengthwise(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:
-    """Indices in batches of like length, longest first: little padding, and what will not fit fails at once.
+def lengthwise(lengths: Sequence[int], most: Callable[[int], int], a_pass: int, copies: int = 1) -> list[list[int]]:
+    """Indices in batches, longest first (what will not fit fails at once), cut where padding and passes together cost least.
 
     Args:
-        fits: whether a batch of (rows, longest length) may be.
+        most: how many rows of a length go into one batch.
+        a_pass: what a batch costs besides, in tokens.
+        copies: how often each batch is run.
     """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    ends = [k for k in range(1, len(order) + 1) if k == len(order) or lengths[order[k]] != lengths[order[k - 1]]]
+    starts = [0, *ends[:-1]]
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in ends:  # the cheapest way to batch the longest rows up to here
+        ways = []
+        for a, start in enumerate(starts[: len(best)]):
+            rows, longest = end - start, lengths[order[start]]
+            ways.append((best[a][0] + rows * longest * copies + -(-rows // most(longest)) * a_pass, a))
+        best.append(min(ways))
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and fits(len(batches[-1]) + 1, lengths[batches[-1][0]]):
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+    b = len(ends)
+    while b:
+        a = best[b][1]
+        rows = order[starts[a] : ends[b - 1]]
+        passes = -(-len(rows) // most(lengths[rows[0]]))
+        batches[:0] = [rows[len(rows) * k // passes : len(rows) * (k + 1) // passes] for k in range(passes)]
+        b = a
     return batches

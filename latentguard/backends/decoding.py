@@ -45,6 +45,7 @@ class Decoder:
 
     def replies(self, units: Iterator[Unit]) -> Iterator[tuple[int, int, Reply]]:
         """Every row's reply, as soon as it is finished."""
+        self.budget.held = 0
         held, pool = next(units, None), _Pool(self)
         together = self.budget.together(held.batch.width + self.decoding.max_new_tokens) if held else 0
         while held or pool.rows:
@@ -53,7 +54,9 @@ class Decoder:
             while held and (not count or (2 * len(pool.rows) <= together >= count + len(held.pairs) and pool.takes(fresh, held))):
                 fresh.append(held)
                 count += len(held.pairs)
+                self.budget.held = count
                 held = next(units, None)
+            self.budget.tried, self.budget.held = count, 0
             yield from self._said(pool.join(fresh))
             yield from self._said(pool.step())
 
@@ -122,9 +125,10 @@ class _Pool:
                 self.rows += [rows[k] for k in going]
             unit.cache, unit.logits = None, None  # type: ignore[assignment]
         if len(caches) > joined:
-            width = max(mask.shape[1] for mask in masks)
-            self.mask = torch.cat([torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
-            self.cache = merged(caches, self.d.decoding.max_new_tokens, width) if all(map(mergeable, caches)) else caches[0]
+            if all(map(mergeable, caches)):
+                self.cache, self.mask = merged(caches, masks, self.d.decoding.max_new_tokens)
+            else:
+                (self.cache,), (self.mask,) = caches, masks
             going = [(self.d.grid.cells[c], self.d.prompts[i]) for c, i in (row.pair for row in self.rows)]
             self.plan = step_plan(going, self.d.passes.n_layers, self.mask.device)
         return ended

@@ -66,7 +66,8 @@ def resident(spec: ModelSpec, *, batch_size: int | str = "auto") -> Local:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _slot[wanted] = load(spec, batch_size=batch_size)
-    _slot[wanted].batch_size = batch_size
+    if _slot[wanted].batch_size != batch_size:  # set anew, it would forget what memory taught it
+        _slot[wanted].batch_size = batch_size
     return _slot[wanted]
 
 

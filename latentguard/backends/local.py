@@ -4,7 +4,7 @@ What makes it cheap changes no result: the forward pass ends at the deepest laye
 a cell that first acts at layer l starts from the clean states entering it; the text that all prompts share is run once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -123,7 +123,8 @@ class Local(Backend):
 
     def moments(self, prompts: Iterable[object], layers: Layers = "all", positions: Sequence[str] = ("t_inst",), covariance: bool = False) -> Moments:
         """Mean (and covariance) of states over prompts, added up as they are read: the memory does not grow with the prompts."""
-        wanted, parsed, source = resolve_layers(layers, self.n_layers), _places(positions), iter(prompts if isinstance(prompts, Iterable) else [prompts])
+        wanted, parsed = resolve_layers(layers, self.n_layers), _places(positions)
+        source = iter(as_prompts(prompts) if isinstance(prompts, Sequence | Mapping | Prompt) else prompts)
         found = Moments.none(wanted, tuple(place.name for place in parsed), self.d_model, covariance, self.name, self.weights, self.n_layers)
         bar = self._bar("moments", len(prompts) if isinstance(prompts, Sequence) else None)
         while listed := as_prompts(list(islice(source, _WINDOW))):
@@ -141,9 +142,9 @@ class Local(Backend):
         todo, prefix = list(range(len(listed))), None
         while todo:
             with shortage() as short:
-                for rows in [[todo[r] for r in part] for part in lengthwise([len(rendered[i]) - cut for i in todo], self.budget.fits)]:
+                for rows in [[todo[r] for r in part] for part in lengthwise([len(rendered[i]) - cut for i in todo], self.budget.most, self.budget.a_pass)]:
                     chunk = [rendered[i] for i in rows]
-                    batch = make_batch([listed[i] for i in rows], chunk, self.pad, self.device, cut if self._shares(chunk) else 0)
+                    batch = make_batch([listed[i] for i in rows], chunk, self.pad, self.device, cut if self.shares(chunk) else 0)
                     self.budget.tried = len(rows)
                     if batch.prefix and prefix is None:
                         prefix = self._prefix_cache(batch.ids[:1, :cut], max(wanted))
@@ -169,9 +170,11 @@ class Local(Backend):
         positions = torch.arange(ids.shape[1], device=self.device)[None]
         return self.passes.forward(ids, torch.ones_like(ids), positions, self.passes.cache(), {}, end=deepest).cache
 
-    def _shares(self, chunk: Sequence[Rendered], ahead: int = 0) -> bool:
-        """Whether a prefix may stand apart from its padding: not where an attention window could fall between them."""
-        return self.reuse and not (self.window and max(map(len, chunk)) + ahead > self.window)
+    def shares(self, chunk: Sequence[Rendered], ahead: int = 0) -> bool:
+        """Whether a prefix may stand apart from its padding: not where an attention window could fall between them, nor where
+        attention counts columns.
+        """
+        return self.reuse and not (self.window and max(map(len, chunk)) + ahead > self.window) and self.passes.bears_holes()
 
     def logits(
         self, prompts: object, interventions: Acting = (), *, position: str = "t_post_inst", reduce: Callable[[int, Tensor], object] | None = None
@@ -190,8 +193,9 @@ class Local(Backend):
                     for (c, i), r, logits in zip(unit.pairs, unit.at, unit.logits, strict=True):
                         logprobs = logits[[unit.batch.column(r, token) - start for token in tokens[i]]].float().log_softmax(-1).cpu()
                         found[c][i] = logprobs if reduce is None else reduce(i, logprobs)
-                    todo -= set(unit.pairs)
+                        todo.discard((c, i))
                     bar.update(len(unit.pairs))
+                    del unit, logits, logprobs
             if short:
                 self.budget.shrink()
         bar.close()
@@ -211,13 +215,14 @@ class Local(Backend):
         bar = self._bar("generate", len(todo))
         while todo:
             with shortage() as short:
-                prefill = self._prefill(prompts, rendered, grid, [len(item) - 1 for item in rendered], decoding.max_new_tokens)
+                units = self._prefill(prompts, rendered, grid, [len(item) - 1 for item in rendered], decoding.max_new_tokens).units(set(todo))
                 decoder = Decoder(self.passes, self.budget, grid, prompts, decoding, self._text, self.eos, decided)
-                for c, i, reply in decoder.replies(prefill.units(set(todo))):
+                for c, i, reply in decoder.replies(units):
                     todo.discard((c, i))
                     bar.update()
                     yield c, i, reply
             if short:
+                del units, decoder
                 self.budget.shrink()
         bar.close()
 
@@ -227,7 +232,7 @@ class Local(Backend):
                 act.check(self)
                 for item in rendered:
                     parse_position(act.positions).tokens(item)
-        return Prefill(self.passes, self.budget, prompts, rendered, grid, first, lambda chunk: self._shares(chunk, ahead), self.pad, self.device)
+        return Prefill(self.passes, self.budget, prompts, rendered, grid, first, lambda chunk: self.shares(chunk, ahead), self.pad, self.device)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class Budget:
         room: bytes.
         a_token: bytes of one token's keys, values and intermediate states.
         a_logit: bytes of one token's logits and their logarithms.
-        tried: rows of the last pass: what is halved where memory ran out.
+        a_pass: what a pass costs besides its tokens, in tokens.
+        tried: rows of the last pass, and `held`: rows whose keys lay beside it; what is halved where memory ran out.
     """
 
     rows: int
@@ -44,7 +46,9 @@ class Budget:
     room: int = 2**62
     a_token: int = 1
     a_logit: int = 1
+    a_pass: int = 32
     tried: int = 1
+    held: int = 0
 
     @classmethod
     def of(cls, model: Any, batch_size: int | None) -> "Budget":
@@ -55,17 +59,19 @@ class Budget:
         wide, heads = config.hidden_size, config.num_attention_heads
         keys = 2 * families.n_layers(config) * (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or wide // heads)
         inner = getattr(config, "intermediate_size", None) or 4 * wide
+        inner = max(inner) if isinstance(inner, list | tuple) else inner  # one a layer
         sizes = {"a_token": keys * next(model.parameters()).element_size() + 4 * (16 * wide + 4 * inner), "a_logit": 12 * config.vocab_size}
         room = free_memory(device) // 2
         if device.type != "cpu":
-            return cls(_GPU_ROWS, _GPU_TOKENS, room, **sizes)
+            return cls(_GPU_ROWS, _GPU_TOKENS, room, a_pass=512, **sizes)
         weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
-        return cls(_CPU_ROWS, min(8192, max(512, int(_CPU_WORK / weights))), room, **sizes)
+        tokens = min(8192, max(512, int(_CPU_WORK / weights)))
+        return cls(_CPU_ROWS, tokens, room, a_pass=max(32, tokens // 16), **sizes)
 
-    def fits(self, rows: int, tokens: int, logits: int = 1) -> bool:
-        """Whether rows of so many tokens, the last `logits` with logits, go into one pass; one row always does."""
-        within = rows <= self.rows and rows * tokens <= self.tokens
-        return rows <= 1 or (within and rows * (tokens * self.a_token + logits * self.a_logit) <= self.room)
+    def most(self, tokens: int, logits: int = 1) -> int:
+        """How many rows of so many tokens, the last `logits` with logits, go into one prefill."""
+        tokens = max(1, tokens)
+        return max(1, min(self.rows, self.tokens // tokens, self.room // (tokens * self.a_token + logits * self.a_logit)))
 
     def together(self, tokens: int) -> int:
         """How many rows of `tokens` tokens generate together."""
@@ -73,7 +79,7 @@ class Budget:
 
     def shrink(self) -> None:
         """After the last pass was too much: half its rows, or an end where there is nothing to halve."""
-        tried = self.tried
+        tried, self.held = self.tried + self.held, 0
         if tried <= 1:
             raise InputError("out of memory with one prompt in the batch: free memory, or choose a smaller model, dtype, quantization or shorter prompts")
         self.rows = max(1, min(self.rows, tried) // 2)
@@ -97,6 +103,18 @@ def free_memory(device: torch.device) -> int:
         if limit != resource.RLIM_INFINITY:
             free.append(limit - psutil.Process().memory_info().vms)
     return max(0, min(free))
+
+
+def peak_memory() -> dict[str, int]:
+    """The most this process has held so far, in bytes: of the machine's memory, and of each GPU's."""
+    peak = {}
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    for i in range(torch.cuda.device_count()):
+        peak[f"cuda:{i}"] = torch.cuda.max_memory_allocated(i)
+    return peak
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -41,6 +41,7 @@ class Passes:
         self.blocks = self.tree.get(families.blocks_path(model))
         self.n_layers = families.n_layers(model.config)
         self._tuples: bool | None = None
+        self._holes: bool | None = None
 
     def cache(self) -> DynamicCache:
         """An empty one."""
@@ -131,6 +132,24 @@ class Passes:
             hook.remove()
             self._tuples = seen[0]
         return not self._tuples
+
+    def bears_holes(self) -> bool:
+        """Whether masked columns between tokens change nothing: not so where attention counts columns (MPT's ALiBi). Tried once."""
+        if self._holes is None:
+            device = next(self.hf.parameters()).device
+            ids = torch.arange(1, 9, device=device)[None] % self.hf.get_input_embeddings().weight.shape[0]
+            near = [self._last(ids, torch.ones_like(ids))]
+            hole = torch.zeros(1, 16, dtype=torch.long, device=device)
+            near.append(
+                self._last(torch.cat([ids[:, :4], hole, ids[:, 4:]], 1), torch.cat([torch.ones_like(ids[:, :4]), hole, torch.ones_like(ids[:, 4:])], 1))
+            )
+            exact = self.hf.dtype in (torch.float32, torch.float64)
+            self._holes = float((near[0] - near[1]).abs().max()) <= (1e-3 if exact else 0.1) * max(1.0, float(near[0].std()))
+        return self._holes
+
+    def _last(self, ids: Tensor, mask: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.hf(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=False).logits[0, -1].float()
 
 
 def state_of(output: Any) -> Tensor:

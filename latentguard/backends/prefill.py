@@ -63,7 +63,7 @@ class Prefill:
         self._groups: list[tuple[int, ...]] = []  # cells of one start whose prefixes are run together
         for _, same in groupby(sorted(range(len(self.grid)), key=lambda c: self.starts[c]), key=lambda c: self.starts[c]):
             cells = list(same)
-            size = next((n for n in range(len(cells), 1, -1) if self.budget.fits(n, self.cut)), 1)
+            size = self.budget.most(self.cut)
             self._groups += [tuple(cells[at : at + size]) for at in range(0, len(cells), size)]
         self._head: Outcome | None = None
         self._heads: dict[tuple[int, ...], DynamicCache] = {}
@@ -78,7 +78,8 @@ class Prefill:
             asked = sorted(some)
             tails = [len(self.rendered[i]) - self.first[i] for i in asked]
             lengths = [len(self.rendered[i]) - self.cut for i in asked]
-            for rows in lengthwise(lengths, partial(self.budget.fits, logits=max(tails))):
+            most, copies = partial(self.budget.most, logits=max(tails)), max(1, len(cells) // len(self._groups))
+            for rows in lengthwise(lengths, most, self.budget.a_pass, copies):
                 yield from self._chunk([asked[r] for r in rows], set(cells))
 
     def _chunk(self, rows: list[int], cells: set[int]) -> Iterator[Unit]:
@@ -87,7 +88,7 @@ class Prefill:
         batch = make_batch([self.prompts[i] for i in rows], chunk, self.pad, self.device, self.cut if shares else 0)
         keep = max(batch.width - batch.column(r, self.first[i]) for r, i in enumerate(rows))
         clean = self._clean(batch, {self.starts[c] for c in cells} - {0}) if shares and len(cells) > 1 else None
-        size = next((n for n in range(len(cells), 1, -1) if self.budget.fits(len(rows) * n, batch.width - batch.prefix, keep)), 1)
+        size = max(1, self.budget.most(batch.width - batch.prefix, keep) // len(rows))
         for group in self._groups:
             asked = [c for c in group if c in cells]
             for at in range(0, len(asked), size):
@@ -100,6 +101,7 @@ class Prefill:
         cut, cache, collect, end = batch.prefix, self.passes.cache(), tuple(sorted(layers)), max(layers)
         if cut:
             if self._head is None:
+                self.budget.tried = 1
                 every = {start for start in self.starts if start}
                 self._head = self.passes.forward(*self._prefix(batch, 1), self.passes.cache(), {}, collect=tuple(sorted(every)), end=max(every))
             cache = taken(self._head.cache, torch.zeros(len(batch.prompts), dtype=torch.long, device=self.device))
@@ -128,6 +130,7 @@ class Prefill:
         if group in self._heads:
             return self._heads[group]
         cache, cut, count = self.passes.cache(), batch.prefix, len(group)
+        self.budget.tried = count
         plan = make_plan([(self.grid.cells[c], 0) for c in group], batch, self.passes.n_layers)
         entering = self._head.states[start].expand(count, -1, -1) if clean and self._head else None
         within = take_plan(plan, torch.arange(count, device=self.device), slice(0, cut))
