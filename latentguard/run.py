@@ -14,15 +14,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from latentguard.configs import CONF, option, options
 from latentguard.errors import InputError
+from latentguard.sweeps import alone, finished, go_on, refuse, resumed, shown
+from latentguard.sweeps import state as _state
 
 if TYPE_CHECKING:
     from latentguard.trackers import Files
 
 log = logging.getLogger(__name__)
-_state = {"started": False}
+GROUPS = ("model", "data", "exp", "judge", "tracker", "backend")
 HELP = """\
 latentguard: what a language model's hidden states know of harm, separately from whether it refuses
 
@@ -39,32 +42,46 @@ Three commands that work:
 Your own:   model.id=ORG/NAME or /a/folder    data=file data.path=prompts.jsonl
 To look:    --cfg job (all settings)    --info defaults    latentguard --shell-completion install=bash
 Results:    runs/<time>_<exp>_<model>/ : summary.json, rows.jsonl, figures/, directions/, run.log
-Exit codes: 0 done, 1 failed, 2 bad input (said in one sentence), 130 interrupted (what was computed is kept)
+Stopped:    resume=FOLDER of a run, or of a sweep: repeats what was asked there and runs what is not done
+In a sweep: hydra/launcher={launchers} (docs/sweeps.md)
+Exit codes: 0 done, 1 failed (in a sweep: any job, whatever for), 2 bad input (said in one sentence; nothing was run),
+            130 interrupted (what was computed is kept)
 """
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _hydra_main(cfg: DictConfig) -> Any:
+def job(cfg: DictConfig) -> Any:
+    """One run, or one job of a sweep, in which a failure is the job's own: the sweep reports it and goes on."""
     _state["started"] = True
-    many = HydraConfig.get().mode == RunMode.MULTIRUN
+    hydra_cfg = HydraConfig.get()
+    many, folder = hydra_cfg.mode == RunMode.MULTIRUN, Path(hydra_cfg.runtime.output_dir)
     try:
-        return run(cfg)
+        if many and finished(folder):
+            raise InputError(f"{folder} holds a finished job: go on with its sweep by resume=FOLDER, or name another hydra.sweep.dir")
+        with alone(folder / "run.log"):
+            return run(cfg)
     except InputError as error:
-        if many:  # the sweep goes on; Hydra reports the job
+        if many:
             raise
-        print(f"latentguard: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        refuse(error)
     except KeyboardInterrupt:
-        where = HydraConfig.get().runtime.output_dir
-        print(f"\nlatentguard: interrupted; rows so far are in {where}, and what was computed is answered from the store next time", file=sys.stderr)
-        raise SystemExit(130) from None
+        if not many:
+            print(f"\nlatentguard: interrupted; what was computed is answered from the store: {go_on(folder)}", file=sys.stderr)
+        raise
+
+
+_hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)
 
 
 def run(cfg: DictConfig) -> Any:
     """One job. Everything that can be wrong with the settings is said before a weight is loaded."""
     started = time.monotonic()
     hydra_cfg = HydraConfig.get()
-    plain: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    try:
+        plain: dict = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    except InterpolationResolutionError as error:
+        raise InputError(f"a setting refers to another that was left out: {str(error).splitlines()[0]}") from None
+    if (where := plain.pop("resume", None)) is not None:
+        raise InputError(f"resume={where}: give it on the command line and bare, resume=FOLDER")
     folder = Path(hydra_cfg.runtime.output_dir)
     choices = {key: value for key, value in hydra_cfg.runtime.choices.items() if "/" not in key}
 
@@ -76,6 +93,7 @@ def run(cfg: DictConfig) -> Any:
     judge = _build(cfg.judge, "judge")
 
     from latentguard.backends.loading import depth, resident
+    from latentguard.backends.memory import peak_memory
     from latentguard.datasets import load_dataset, make_data_spec
     from latentguard.store import Stored
 
@@ -102,10 +120,12 @@ def run(cfg: DictConfig) -> Any:
         )
         _show_positions(backend, data)
         environment = {**_environment(), "backend": backend.key(), "data": {"hash": data.hash, **data.card}, "seed": cfg.seed, "command": sys.argv}
-        tracker.write_json("environment.json", {**environment, "choices": choices, "model": spec.name, "model_card": spec.card, "licence": spec.licence})
+        environment |= {"choices": choices, "model": spec.name, "model_card": spec.card, "licence": spec.licence}
+        tracker.write_json("environment.json", environment)
         summary = experiment(backend, data, judge, tracker)
+        tracker.write_json("environment.json", {**environment, "peak_memory_bytes": peak_memory()})
         tracker.summary({**summary, "seconds": round(time.monotonic() - started, 1)})
-    log.info("\n%s\nLook at %s", summary["claim"], _shown(folder / "figures"))
+    log.info("\n%s\nLook at %s", summary["claim"], shown(folder / "figures"))
     return summary.get("objective")
 
 
@@ -128,11 +148,19 @@ def _build(node: DictConfig, where: str) -> Any:
         raise
 
 
+def _check_words(words: list[str]) -> None:
+    """Hydra lets a whole group be left out; we need one option of each."""
+    for word in words:
+        group, _, value = word.lstrip("~+").partition("=")
+        if group in GROUPS and (word.startswith("~") or value in ("", "null", "[]")):
+            raise InputError(f"{word}: {group} cannot be left out; choose one of {', '.join(options(group))}")
+
+
 def _check(plain: dict) -> None:
     """The few settings that no spec or experiment checks."""
     size, store, name, seed = plain["backend"]["batch_size"], plain["backend"]["store"], plain["backend"]["name"], plain["seed"]
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InputError(f"backend.batch_size={size!r}: give a number of rows, 1 or more")
+    if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise InputError(f"backend.batch_size={size!r}: choose auto, or a number of rows, 1 or more")
     if not isinstance(store, bool):
         raise InputError(f"backend.store={store!r}: choose true or false")
     if name != "local":
@@ -201,18 +229,20 @@ def _environment() -> dict:
     return {"versions": {name: version(name) for name in names}, "python": platform.python_version(), "machine": platform.platform(), "commit": commit or None}
 
 
-def _shown(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def main() -> None:
     """`python -m latentguard.run` and the console script `latentguard`."""
     if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own help reads every option of every group, and takes over a second
-        groups = "\n".join(f"  {group}: {', '.join(options(group))}" for group in ("model", "data", "exp", "judge", "tracker", "backend"))
-        print(HELP.format(groups=groups))
+        groups = "\n".join(f"  {group}: {', '.join(options(group))}" for group in GROUPS)
+        print(HELP.format(groups=groups, launchers=", ".join(("basic", *options("hydra/launcher")))))
         return
     try:
+        sys.argv[1:] = resumed(sys.argv[1:])
+        _check_words(sys.argv[1:])
         _hydra_main()  # pyright: ignore[reportCallIssue]  (Hydra supplies the config)
+    except InputError as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except SystemExit as end:
         if end.code == 1 and not _state["started"]:  # Hydra has said what is wrong with the words on the command line
             raise SystemExit(2) from None
@@ -220,4 +250,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from latentguard.run import main  # what is pickled for a worker has a module to be found in
+
     main()

@@ -118,7 +118,8 @@ class Files:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        (self.folder / "rows.jsonl").unlink(missing_ok=True)
+        for earlier in ("rows.jsonl", "summary.json"):  # another attempt's rows are never continued
+            (self.folder / earlier).unlink(missing_ok=True)
         self._file = (self.folder / "rows.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
 
     def __enter__(self) -> Self:

@@ -147,18 +147,6 @@ def test_wrong_words_leave_the_shell_with_code_2(run):
     assert run("model=nothing").returncode == 2
 
 
-def test_the_model_axis_is_moved_first():
-    from omegaconf import OmegaConf
-
-    from latentguard.sweeps import ModelFirst
-
-    basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"seed": "1,2"}}
-    words = ["exp=a,b", "model=x,y", "exp.n_test=3"]
-    config = OmegaConf.create({"hydra": {"sweeper": basic, "overrides": {"task": words}}})
-    ModelFirst().on_multirun_start(config)
-    assert list(config.hydra.sweeper.params) == ["model", "seed"] and config.hydra.overrides.task == ["exp=a,b", "exp.n_test=3"]
-
-
 @pytest.mark.slow
 def test_every_model_data_and_tracker_composes():
     with initialize_config_dir(str(CONF), version_base="1.3"):
