@@ -5,16 +5,19 @@ Degenerate replies count as neither. A cell too thin to carry a claim is said to
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from latentguard.backends import Backend, Decoding, Reply
-from latentguard.interventions import Grid
+from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge, Verdict
 from latentguard.metrics import base_rate_gate, log_odds
 from latentguard.prompts import Prompt
+from latentguard.store import Stored
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def judge_stream(
         yield cell, row, Judged(reply, judge.verdict(reply.text, reply.prompt))
 
 
-def refusal_log_odds(logprobs: Tensor, tokens: set[int]) -> float:
+def refusal_log_odds(logprobs: Tensor, tokens: Iterable[int]) -> float:
     """Log P(refusal token) / P(any other) at the first token of the reply (as in arXiv 2406.11717, §3)."""
     return log_odds(float(logprobs[-1, sorted(tokens)].exp().sum()))
 
@@ -92,3 +95,169 @@ def divergence(clean: Tensor, steered: Tensor) -> float:
     """KL(clean ‖ steered) of next-token distributions, mean over tokens, in nats: [token, vocab] log-probabilities."""
     value = float((clean.exp() * (clean - steered)).sum(-1).mean())
     return max(value, 0.0) if not math.isnan(value) else math.inf
+
+
+def surprise(logprobs: Tensor, following: Sequence[int]) -> float:
+    """Mean negative log-likelihood, in nats, of the tokens that follow: [token, vocab] log-probabilities of the places before them."""
+    if not following:
+        return 0.0
+    return float(-logprobs[torch.arange(len(following)), list(following)].mean())
+
+
+# What studies make of log-probabilities [token, vocab]: reductions (`store.Reduction`). A number in an identity goes up when a result changes.
+
+
+@dataclass(frozen=True)
+class RefusalLogOdds:
+    """`refusal_log_odds`."""
+
+    tokens: frozenset[int]
+
+    def __call__(self, _: int, logprobs: Tensor) -> float:
+        """Of one prompt in one cell."""
+        return refusal_log_odds(logprobs, self.tokens)
+
+    def identity(self) -> object:
+        """The tokens decide it."""
+        return ["refusal log-odds", 1, sorted(self.tokens)]
+
+
+@dataclass(frozen=True)
+class Mass:
+    """P of any of the tokens at the first token of the reply."""
+
+    tokens: frozenset[int]
+
+    def __call__(self, _: int, logprobs: Tensor) -> float:
+        """Of one prompt in one cell."""
+        return float(logprobs[-1, sorted(self.tokens)].exp().sum())
+
+    def identity(self) -> object:
+        """The tokens decide it."""
+        return ["mass", 1, sorted(self.tokens)]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """P of each set of tokens at the first token of the reply, and of everything else."""
+
+    sets: tuple[frozenset[int], ...]
+
+    def __call__(self, _: int, logprobs: Tensor) -> list[float]:
+        """Of one prompt in one cell: one more than there are sets."""
+        chance = logprobs[-1].exp()
+        known = [float(chance[sorted(tokens)].sum()) for tokens in self.sets]
+        return [*known, max(0.0, 1.0 - sum(known))]
+
+    def identity(self) -> object:
+        """The sets decide it."""
+        return ["shares", 1, [sorted(tokens) for tokens in self.sets]]
+
+
+class CleanRun:
+    """Log-probabilities of the untouched model at a position, for measures that set a changed model against it.
+
+    They are asked for when the first is needed: with a store, that is when a measure is not there yet; else at once.
+    """
+
+    def __init__(self, backend: Backend, prompts: Sequence[Prompt], position: str = "t_post_inst") -> None:
+        self.backend, self.prompts, self.position = backend, prompts, position
+        self._found: dict[int, Tensor] = {}
+        if not isinstance(backend, Stored):
+            self.fetch(range(len(prompts)))
+
+    def fetch(self, indices: Iterable[int]) -> None:
+        """Compute those that are not there yet, in one call."""
+        if lacking := [i for i in indices if i not in self._found]:
+            self._found.update(zip(lacking, self.backend.logits([self.prompts[i] for i in lacking], position=self.position), strict=True))
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.fetch([index])
+        return self._found[index]
+
+    @cached_property
+    def following(self) -> list[list[int]]:
+        """Of each prompt, the tokens of its instruction from the second on."""
+        return [[item.ids[t + 1] for t in item.user_tokens[:-1]] for item in self.backend.render(self.prompts)]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What an intervention does at the first token of the reply: (log-odds of refusal, KL(clean ‖ changed) in nats, log-odds of
+    refusal in the clean run).
+    """
+
+    clean: CleanRun
+    tokens: frozenset[int]
+
+    def __call__(self, index: int, logprobs: Tensor) -> tuple[float, float, float]:
+        """Of one prompt in one cell."""
+        before = self.clean[index]
+        return refusal_log_odds(logprobs, self.tokens), divergence(before, logprobs), refusal_log_odds(before, self.tokens)
+
+    def identity(self) -> object:
+        """The clean run is the prompt's own, so the tokens decide it."""
+        return ["shift from the clean run", 1, sorted(self.tokens)]
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """The clean run of these prompts."""
+        self.clean.fetch(indices)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What an intervention does to the instruction's own tokens (position user), in nats: (KL(clean ‖ changed) a token, mean
+    negative log-likelihood of the tokens from the second on, the same in the clean run, the same changed and summed).
+    """
+
+    clean: CleanRun
+
+    def __call__(self, index: int, logprobs: Tensor) -> tuple[float, float, float, float]:
+        """Of one prompt in one cell."""
+        before, following = self.clean[index], self.clean.following[index]
+        total = -sum(float(logprobs[row, token]) for row, token in enumerate(following))
+        return divergence(before, logprobs), surprise(logprobs, following), surprise(before, following), total
+
+    def identity(self) -> object:
+        """The clean run and the tokens that follow are the prompt's own."""
+        return ["damage from the clean run", 1]
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """The clean run of these prompts."""
+        self.clean.fetch(indices)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What first tokens tell of a grid before anything is generated: the chance of refusal, over prompts, in each cell and without
+    intervention, and the cells worth generating.
+    """
+
+    shares: tuple[float, ...]
+    clean: float
+    worth: tuple[int, ...]
+
+
+def screen(backend: Backend, prompts: Sequence[Prompt], grid: Grid, tokens: Iterable[int], *, least: float = 0.05, most: int | None = None) -> Screen:
+    """Score a grid by its first tokens alone, at about a tenth of what generating it costs.
+
+    A cell is worth generating where the chance that its replies open with a refusal token differs from the clean run's by
+    `least` or more; of more than `most` such cells, those that differ most. What a reply does after another opening is not
+    seen: the others are scored only, and are not to be reported as rates.
+    """
+    cells = Grid((Cell(), *grid))
+    means = [sum(row) / len(row) for row in backend.logits(list(prompts), cells, reduce=Mass(frozenset(tokens)))]
+    clean, shares = means[0], means[1:]
+    far = sorted((i for i, share in enumerate(shares) if abs(share - clean) >= least), key=lambda i: -abs(shares[i] - clean))
+    return Screen(tuple(shares), clean, tuple(sorted(far[:most])))
+
+
+def staged(
+    backend: Backend, prompts: Sequence[Prompt], grid: Grid, judge: Judge, tokens: Iterable[int], max_new_tokens: int, *, least: float = 0.05,
+    most: int | None = None,
+) -> tuple[Screen, Iterator[tuple[int, int, Judged]]]:  # fmt: skip
+    """`screen`, and then `judge_stream` of the cells worth it: (cell of the whole grid, prompt, reply with verdict)."""
+    found = screen(backend, prompts, grid, tokens, least=least, most=most)
+    going = Grid(tuple(grid.cells[i] for i in found.worth)) if found.worth else None
+    said = judge_stream(backend, prompts, going, judge, max_new_tokens) if going else iter(())
+    return found, ((found.worth[cell], row, judged) for cell, row, judged in said)

@@ -108,7 +108,7 @@ def run(cfg: DictConfig) -> Any:
     with _tracker(plain, choices, folder, hydra_cfg, spec.name) as tracker:
         backend = resident(spec, batch_size=plain["backend"]["batch_size"])
         if plain["backend"]["store"]:
-            backend = Stored(backend)
+            backend = Stored(backend, limit_bytes=int(plain["backend"]["store_gb"] * 1e9))
         log.info(
             "%s in %.0f s; data %s: %d train, %d validation, %d test",
             spec.name,
@@ -163,6 +163,8 @@ def _check(plain: dict) -> None:
         raise InputError(f"backend.batch_size={size!r}: choose auto, or a number of rows, 1 or more")
     if not isinstance(store, bool):
         raise InputError(f"backend.store={store!r}: choose true or false")
+    if isinstance(cap := plain["backend"]["store_gb"], bool) or not isinstance(cap, int | float) or not cap > 0:
+        raise InputError(f"backend.store_gb={cap!r}: give a number of gigabytes above 0, or backend.store=false")
     if name != "local":
         raise InputError(f"backend.name={name!r}: only local is there")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:

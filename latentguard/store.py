@@ -1,33 +1,58 @@
-"""States and replies already computed, on disk, keyed by everything that made them. Knows no experiment.
+"""States, replies and reduced logits already computed, on disk, keyed by everything that made them. Knows no experiment.
 
-`Stored(backend)` is a Backend that answers from disk what was asked before and computes only the rest. One file an
-entry, written under another name and renamed, so two processes and a kill do no harm; a damaged entry is dropped
-and computed again.
+`Stored(backend)` is a Backend that answers from disk what was asked before and computes only the rest (docs/store.md).
+`python -m latentguard.store ls|gc|verify` looks after the folder.
 """
 
-import json
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+if __name__ == "__main__":  # before torch is loaded: these words need none of it
+    from latentguard.stock import main
 
+    raise SystemExit(main())
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from latentguard.backends import Acting, Backend, Decoding, Reply
+from latentguard.backends import Acting, Backend, Decoding, Reply, as_grid
 from latentguard.caches import cache_dir
-from latentguard.directions import Activations, tensor_hash
+from latentguard.directions import Activations
 from latentguard.errors import InputError
 from latentguard.interventions import Cell, Grid
 from latentguard.layers import Layers, resolve_layers
+from latentguard.packs import Rows
 from latentguard.positions import Rendered, parse_position
 from latentguard.prompts import Prompt, as_prompts, digest
+from latentguard.shelf import Gathered, Shelf, check_writable
+from latentguard.stock import LIMIT, Cap
 
-log = logging.getLogger(__name__)
-SCHEMA = 1
+if TYPE_CHECKING:
+    from latentguard.directions import Moments
+
+SCHEMA = 2
 _BLOCK = 256  # prompts read between two writes: what an interruption can cost
+_ROWS = 2048  # and rows of logits, over all cells
+
+
+class Reduction(Protocol):
+    """What makes something small of log-probabilities [token, vocab], and says what it is, so that its results can be kept: numbers,
+    strings, lists, tuples, tensors. `index` is the prompt's place in the list given to `logits`.
+
+    Where it has `prepare(indices)`, that is called before any of these prompts is scored, outside of any forward pass.
+    """
+
+    def __call__(self, index: int, logprobs: Tensor) -> object:
+        """The result for one prompt in one cell."""
+        ...
+
+    def identity(self) -> object:
+        """What tells it from every other reduction, as JSON; change it whenever a result would change."""
+        ...
 
 
 class Stored(Backend):
@@ -36,15 +61,28 @@ class Stored(Backend):
     Args:
         backend: where answers come from that are not on disk.
         folder: by default `store` in the cache (LATENTGUARD_CACHE).
+        limit_bytes: what all models together may take; what was not used for longest goes first.
+
+    Raises:
+        InputError: for a backend without a hash of its weights, and a folder that cannot be written in.
     """
 
-    def __init__(self, backend: Backend, folder: str | Path | None = None) -> None:
+    def __init__(self, backend: Backend, folder: str | Path | None = None, limit_bytes: float = LIMIT) -> None:
         if not backend.weights:
             raise InputError(f"{backend.name} has no hash of its weights, so its answers cannot be told from another model's: pass weights=… to Local")
-        self.inner = backend
+        if not limit_bytes > 0:
+            raise InputError(f"limit_bytes={limit_bytes}: give the store some room, or do without it")
+        self.inner, self.limit_bytes = backend, limit_bytes
         self.folder = Path(folder) if folder else cache_dir("store")
         self.name, self.weights, self.n_layers, self.d_model = backend.name, backend.weights, backend.n_layers, backend.d_model
-        self._made_by = digest([SCHEMA, backend.key()])
+        key = backend.key()
+        self._made_by = digest([SCHEMA, key])
+        check_writable(self.folder)
+        self._shelf = Shelf(self.folder / self._made_by[:24], {"model": backend.name, **key}, Cap(self.folder, limit_bytes).grew)
+
+    def around(self, backend: Backend) -> "Stored":
+        """Another model with the same memory."""
+        return Stored(backend, self.folder, self.limit_bytes)
 
     def key(self) -> dict:
         """The inner backend's."""
@@ -58,99 +96,197 @@ class Stored(Backend):
         """The inner backend's."""
         return self.inner.first_token(text)
 
-    def logits(self, prompts: object, interventions: Acting = (), **settings) -> list:
-        """Not stored: they are large and cheap."""
-        return self.inner.logits(prompts, interventions, **settings)
-
     def read(self, prompts: object, layers: Layers = "all", positions: Sequence[str] = ("t_inst",)) -> Activations:
-        """As the inner backend reads, one entry for each prompt and position."""
+        """As the inner backend reads: an entry for each prompt and position, of which each layer is found by itself."""
         positions = [positions] if isinstance(positions, str) else list(positions)
         listed, wanted = as_prompts(prompts), resolve_layers(layers, self.n_layers)
         parsed = [parse_position(position, reading=True) for position in positions]
-        rendered = self.render(listed)
-        keys = [[digest([self._made_by, "read", item.ids, wanted, place.tokens(item)]) for place in parsed] for item in rendered]
-        values: list[list[Tensor | None]] = [[self._load_states(key, (len(wanted), self.d_model)) for key in row] for row in keys]
-        lacking = [p for p in range(len(parsed)) if any(row[p] is None for row in values)]
-        missing = [i for i, row in enumerate(values) if any(value is None for value in row)]
+        if not parsed:
+            return self.inner.read(listed, wanted, positions)
+        asked = _Asked(self._made_by, listed, self.render(listed))
+        keys = list(zip(*(asked.states(position) for position in positions), strict=True))
+        values = torch.zeros(len(listed), len(wanted), len(parsed), self.d_model)
+        filled, lacking = values.numpy(), {}
+        for at in range(0, len(keys), _BLOCK):
+            block = keys[at : at + _BLOCK]
+            found = self._shelf.fetch("states", (key for row in block for key in row), wanted, 4 * self.d_model)
+            for i, row in enumerate(block, at):
+                for p, key in enumerate(row):
+                    if absent := _fill(filled[i, :, p], wanted, found.get(key, {})):
+                        lacking[i, p] = absent
+        missing, places = sorted({i for i, _ in lacking}), sorted({p for _, p in lacking})
+        depths = tuple(sorted(set().union(*lacking.values())))
         for at in range(0, len(missing), _BLOCK):
-            rows = missing[at : at + _BLOCK]
-            found = self.inner.read([listed[i] for i in rows], wanted, [positions[p] for p in lacking])
-            for i, states in zip(rows, found.values, strict=True):
-                for p, value in zip(lacking, states.unbind(1), strict=True):
-                    values[i][p], kept = value, value.contiguous()
-                    self._write(keys[i][p], ".safetensors", lambda path, kept=kept: save_file({"states": kept}, path, metadata={"seal": tensor_hash(kept)}))
-        stacked = torch.stack([torch.stack(row, 1) for row in values]) if values else torch.zeros(0, len(wanted), len(parsed), self.d_model)  # type: ignore[arg-type]
-        return Activations(stacked, tuple(listed), wanted, tuple(p.name for p in parsed), self.name, self.weights, self.n_layers)
+            rows, entries = missing[at : at + _BLOCK], {}
+            fresh = self.inner.read([listed[i] for i in rows], depths, [positions[p] for p in places]).values.numpy()
+            for i, states in zip(rows, fresh, strict=True):
+                for p, value in zip(places, states.swapaxes(0, 1), strict=True):
+                    if absent := lacking.get((i, p)):
+                        filled[i, [wanted.index(layer) for layer in absent], p] = value[[depths.index(layer) for layer in absent]]
+                        entries[keys[i][p]] = filled[i, [wanted.index(layer) for layer in depths], p].tobytes()
+            self._shelf.add("states", entries, depths)
+        return Activations(values, tuple(listed), wanted, tuple(p.name for p in parsed), self.name, self.weights, self.n_layers)
+
+    def moments(
+        self, prompts: Iterable[object], layers: Layers = "all", positions: Sequence[str] = ("t_inst",), covariance: bool = False
+    ) -> "Moments":  # fmt: skip
+        """The inner backend's; not kept."""
+        return self.inner.moments(prompts, layers, positions, covariance)
+
+    def logits(
+        self, prompts: object, interventions: Acting = (), *, position: str = "t_post_inst", reduce: "Callable[[int, Tensor], object] | Reduction | None" = None
+    ) -> list:  # fmt: skip
+        """As the inner backend scores. Results of a `Reduction` are kept; log-probabilities, and what a bare function makes of
+        them, are not: the ones are large, the other has no name.
+        """
+        identity = getattr(reduce, "identity", None)
+        if reduce is None or identity is None:
+            return self.inner.logits(prompts, interventions, position=position, reduce=reduce)
+        listed, grid = as_prompts(prompts), as_grid(interventions)
+        asked = _Asked(self._made_by, listed, self.render(listed))
+        keys = [asked.cell(cell, "logits", asked.places(position), identity()) for cell in grid]
+        results: list[list] = [[None] * len(listed) for _ in grid]
+        missing: dict[int, list[int]] = {}
+        for c, i, found in self._known("logits", keys, _decoded):
+            if found is None:
+                missing.setdefault(c, []).append(i)
+            else:
+                results[c][i] = found[0]
+        for cells, rows in _alike(missing):
+            step = max(16, _ROWS // len(cells))
+            for part in (rows[at : at + step] for at in range(0, len(rows), step)):
+                getattr(reduce, "prepare", lambda _: None)(part)
+                fused = Grid(tuple(grid.cells[c] for c in cells))
+                made = self.inner.logits([listed[i] for i in part], fused, position=position, reduce=lambda j, logprobs, part=part: reduce(part[j], logprobs))
+                entries = {}
+                for c, row in zip(cells, made, strict=True):
+                    for i, result in zip(part, row, strict=True):
+                        results[c][i], entries[keys[c][i]] = result, _encoded(result)
+                self._shelf.add("logits", entries)
+        return results if isinstance(interventions, Grid) else results[0]
 
     def stream(
         self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None
     ) -> Iterator[tuple[int, int, Reply]]:  # fmt: skip
-        """As the inner backend replies, one entry for each cell and prompt, written as it comes."""
+        """As the inner backend replies: an entry for each cell and prompt, on disk before the next batch is made."""
         judge = getattr(decided, "__self__", None)
         if decided is not None and judge is None:  # a bare function has no name to be keyed by
             yield from self.inner.stream(prompts, grid, decoding, decided)
             return
-        rendered = self.render(prompts)
-        made_by = digest([self._made_by, "generate", repr(decoding), repr(judge), getattr(judge, "name", "")])
-        sampled = decoding.temperature > 0  # then the prompt's id seeds its reply
-        keys = [[self._reply_key(made_by, cell, prompt, item, sampled) for prompt, item in zip(prompts, rendered, strict=True)] for cell in grid]
-        waiting: dict[tuple[int, ...], list[int]] = {}
-        for c in range(len(grid)):
-            missing = []
-            for i, prompt in enumerate(prompts):
-                reply = self._load_reply(keys[c][i], prompt)
-                if reply is None:
-                    missing.append(i)
-                else:
-                    yield c, i, reply
-            if missing:
-                waiting.setdefault(tuple(missing), []).append(c)
-        for rows, cells in waiting.items():
-            asked = Grid(tuple(grid.cells[c] for c in cells))
-            for c, i, reply in self.inner.stream([prompts[i] for i in rows], asked, decoding, decided):
-                entry = {"text": reply.text, "tokens": reply.tokens, "finish": reply.finish}
-                sealed = json.dumps({"entry": entry, "seal": digest(entry)})
-                self._write(keys[cells[c]][rows[i]], ".json", lambda path, sealed=sealed: Path(path).write_text(sealed))
-                yield cells[c], rows[i], reply
+        asked = _Asked(self._made_by, prompts, self.render(prompts))
+        seeds = [prompt.id if decoding.temperature > 0 else "" for prompt in prompts]
+        keys = [asked.cell(cell, "replies", seeds, [repr(decoding), repr(judge), getattr(judge, "name", "")]) for cell in grid]
+        missing: dict[int, list[int]] = {}
+        for c, i, found in self._known("replies", keys, _told):
+            if found is None:
+                missing.setdefault(c, []).append(i)
+            else:
+                yield c, i, Reply(prompts[i], *found)
+        for cells, rows in _alike(missing):
+            fused = Grid(tuple(grid.cells[c] for c in cells))
+            with Gathered(self._shelf, "replies") as gathered:
+                for c, i, reply in self.inner.stream([prompts[i] for i in rows], fused, decoding, decided):
+                    told = {"text": reply.text, "tokens": reply.tokens, "finish": reply.finish}
+                    gathered.add(keys[cells[c]][rows[i]], json.dumps(told).encode())
+                    yield cells[c], rows[i], reply
 
-    def _reply_key(self, made_by: str, cell: Cell, prompt: Prompt, rendered: Rendered, sampled: bool) -> str:
-        acts = [[act.identity(), parse_position(act.positions).tokens(rendered), prompt.id if act.per_prompt else ""] for act in cell.interventions]
-        return digest([made_by, rendered.ids, acts, prompt.id if sampled else ""])
+    def _known(self, kind: str, keys: Sequence[Sequence[str]], understood: Callable[[bytes], tuple]) -> Iterator[tuple[int, int, tuple | None]]:
+        """What is stored for each cell and prompt; None where nothing is, or nothing that can be understood."""
+        stored = self._shelf.fetch(kind, (key for row in keys for key in row))
+        for c, row in enumerate(keys):
+            for i, key in enumerate(row):
+                found = None
+                if key in stored:
+                    try:
+                        found = understood(bytes(stored[key][0]))
+                    except (ValueError, KeyError, TypeError):
+                        self._shelf.drop(key)
+                yield c, i, found
 
-    def _path(self, key: str, suffix: str) -> Path:
-        return self.folder / key[:2] / (key[2:40] + suffix)
 
-    def _write(self, key: str, suffix: str, write: Callable[[str], object]) -> None:
-        path = self._path(key, suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        write(str(partial))
-        partial.replace(path)
+class _Asked:
+    """Prompts as keys see them: their tokens, and where among these each position lies, found once for all cells."""
 
-    def _load_states(self, key: str, shape: tuple[int, ...]) -> Tensor | None:
-        path = self._path(key, ".safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                states, seal = file.get_tensor("states"), (file.metadata() or {}).get("seal")
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, KeyError, OSError) as error:
-            return self._drop(path, error)
-        return states if tuple(states.shape) == shape and tensor_hash(states) == seal else self._drop(path, "its seal does not match")
+    def __init__(self, made_by: str, prompts: Sequence[Prompt], rendered: Sequence[Rendered]) -> None:
+        self.made_by, self.prompts, self.rendered = made_by, prompts, rendered
+        self.tokens = [digest(item.ids) for item in rendered]
+        self._places: dict[str, list[str]] = {}
 
-    def _load_reply(self, key: str, prompt: Prompt) -> Reply | None:
-        path = self._path(key, ".json")
-        try:
-            found = json.loads(path.read_text())
-            entry = found["entry"]
-            if digest(entry) != found["seal"]:
-                return self._drop(path, "its seal does not match")
-            return Reply(prompt, entry["text"], tuple(entry["tokens"]), entry["finish"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            return self._drop(path, error)
+    def places(self, position: str) -> list[str]:
+        """Of each prompt, the tokens of a position."""
+        if position not in self._places:
+            place = parse_position(position)
+            self._places[position] = [digest(place.tokens(item)) for item in self.rendered]
+        return self._places[position]
 
-    def _drop(self, path: Path, why: object) -> None:
-        log.warning("stored entry %s is damaged (%s): computed again", path.name, why)
-        path.unlink(missing_ok=True)
+    def states(self, position: str) -> list[str]:
+        """Of each prompt, the key of its states at a position."""
+        return [self._key("states", tokens, place) for tokens, place in zip(self.tokens, self.places(position), strict=True)]
+
+    def cell(self, cell: Cell, kind: str, each: Sequence[str], what: object) -> list[str]:
+        """Of each prompt, the key of what a cell makes of it; `each` is what else decides it, prompt by prompt, and `what` for all."""
+        acts = cell.interventions
+        about = digest([kind, what, [act.identity() for act in acts]])
+        places = list(zip(*(self.places(act.positions) for act in acts), strict=True)) or [()] * len(self.prompts)
+        own = [prompt.id if any(act.per_prompt for act in acts) else "" for prompt in self.prompts]
+        return [self._key(about, *told) for told in zip(self.tokens, places, each, own, strict=True)]
+
+    def _key(self, *told: object) -> str:
+        return digest([self.made_by, *told])[:32]
+
+
+def _fill(values: np.ndarray, wanted: Sequence[int], rows: Rows) -> list[int]:
+    """Put stored rows into [layer, d_model]; the layers that are not among them."""
+    if len(rows) == len(wanted):
+        values[:] = np.frombuffer(b"".join([rows[layer] for layer in wanted]), np.float32).reshape(values.shape)
+        return []
+    for n, layer in enumerate(wanted):
+        if layer in rows:
+            values[n] = np.frombuffer(rows[layer], np.float32)
+    return [layer for layer in wanted if layer not in rows]
+
+
+def _alike(missing: Mapping[int, list[int]]) -> list[tuple[list[int], list[int]]]:
+    """Cells that lack the same prompts, together: (cells, prompts)."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for cell, rows in missing.items():
+        found.setdefault(tuple(rows), []).append(cell)
+    return [(cells, list(rows)) for rows, cells in found.items()]
+
+
+def _told(entry: bytes) -> tuple[str, tuple[int, ...], str]:
+    found = json.loads(entry)
+    return found["text"], tuple(found["tokens"]), found["finish"]
+
+
+def _encoded(result: object) -> bytes:
+    return json.dumps(_plain(result)).encode()
+
+
+def _plain(value: object) -> Any:
+    """As JSON, from which the same value comes back: numbers to the last bit, tuples as tuples, tensors as their bytes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_plain(part) for part in value]}
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous()
+        return {"tensor": str(flat.dtype)[6:], "shape": list(flat.shape), "bytes": base64.b64encode(flat.view(-1).view(torch.uint8).numpy().tobytes()).decode()}
+    raise InputError(f"a reduction with an identity gave a {type(value).__name__}, which cannot be kept: give numbers, strings, lists, tuples or tensors")
+
+
+def _decoded(entry: bytes) -> tuple[object]:
+    return (_value(json.loads(entry)),)
+
+
+def _value(plain: Any) -> object:
+    if isinstance(plain, list):
+        return [_value(part) for part in plain]
+    if isinstance(plain, dict) and "tuple" in plain:
+        return tuple(_value(part) for part in plain["tuple"])
+    if isinstance(plain, dict):
+        shape, dtype = plain["shape"], getattr(torch, plain["tensor"])
+        return torch.frombuffer(bytearray(base64.b64decode(plain["bytes"])), dtype=dtype).reshape(shape) if 0 not in shape else torch.empty(shape, dtype=dtype)
+    return plain

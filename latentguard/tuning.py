@@ -111,7 +111,7 @@ def tuned(
             tensors = {name: tensor_hash(value) for name, value in switch.learns.items()}
             weights = digest([local.weights or local.name, settings.alpha / settings.rank, tensors])[:32]
             made = _Switched(local, switch, weights)
-            return Stored(made, backend.folder) if isinstance(backend, Stored) else made
+            return backend.around(made) if isinstance(backend, Stored) else made
 
         try:
             losses = _train(local, [prompt for prompt, _ in examples], rendered, settings, switch, until and (lambda: until(tuned_backend())))

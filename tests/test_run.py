@@ -90,6 +90,7 @@ def test_help_shows_groups_options_and_commands(run):
         (["tracker=wandb", "tracker.generations=some"], "choose verdicts or full"),
         (["nonsense"], "nonsense"),
         (["backend.batch_size=abc"], "backend.batch_size='abc'"),
+        (["backend.store_gb=0"], "backend.store_gb=0"),
         (["backend.store=maybe"], "backend.store='maybe'"),
         (["backend.name=ndif"], "backend.name='ndif'"),
         (["seed=-1"], "seed=-1"),

@@ -2,17 +2,19 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from latentguard.backends import Decoding, Reply
-from latentguard.behaviour import divergence
+from latentguard.behaviour import divergence, judge_stream, screen, staged
 from latentguard.datasets import Dataset, PromptSet, load_dataset
-from latentguard.directions import Activations
+from latentguard.directions import Activations, mean_difference
 from latentguard.errors import InputError
 from latentguard.experiments.steer import Steer
+from latentguard.interventions import steering_grid
 from latentguard.judges import Phrases
 from latentguard.layers import resolve_layers
 from latentguard.positions import Rendered
@@ -173,3 +175,31 @@ def test_divergence_is_zero_only_for_the_same():
     p = torch.randn(3, 7).log_softmax(-1)
     assert divergence(p, p) == pytest.approx(0, abs=1e-6)
     assert divergence(p, torch.randn(3, 7).log_softmax(-1)) > 0.01
+
+
+def test_a_staged_grid_has_the_same_rates_where_it_generates_and_none_elsewhere(data):
+    full = Steer(**SETTINGS)(Planted(), data, Phrases(), Memory())["grid"]
+    tracker = Memory()
+    staged = Steer(stage="score, then generate", **SETTINGS)(Planted(), data, Phrases(), tracker)["grid"]
+    assert [(r["direction"], r["layer"], r["coef"]) for r in staged] == [(r["direction"], r["layer"], r["coef"]) for r in full]
+    going = [i for i, row in enumerate(staged) if not row["scored_only"]]
+    assert 0 < len(going) < len(full)
+    assert all(staged[i]["rate"] == full[i]["rate"] and staged[i]["n"] == full[i]["n"] for i in going)
+    assert all(math.isnan(row["rate"]) and row["n"] == 0 for row in staged if row["scored_only"])
+    assert not any(full[i]["rate"] for i in range(len(full)) if i not in going), "what refuses was worth generating"
+    asked = {(r["intervention"], r["layer"], r["coef"]) for r in tracker.all_rows if r.get("stage") == "grid"}
+    assert asked == {(staged[i]["direction"], staged[i]["layer"], staged[i]["coef"]) for i in going}
+
+
+def test_a_screen_keeps_the_cells_that_move_most(data):
+    prompts = [p for p in data.test if not p.harmful][:6]
+    v = mean_difference(Planted().read([*data.train][:40], "all", ["t_inst"]), [p for p in list(data.train)[:40] if p.harmful], position="t_inst")
+    grid = steering_grid(v, [1, 2, 3], [0.5, 1.0, 2.0])
+    found = screen(Planted(), prompts, grid, {1}, least=0.02)
+    at = [(cell.tags["layer"], cell.tags["coef"]) for cell in grid]
+    assert {at[i][0] for i in found.worth} == {2} and all(found.shares[i] == pytest.approx(found.clean) for i in range(9) if at[i][0] != 2)
+    assert [at[i] for i in screen(Planted(), prompts, grid, {1}, least=0.0, most=1).worth] == [(2, 2.0)]
+    scored, replies = staged(Planted(), prompts, grid, Phrases(), {1}, 8, least=0.02)
+    seen = {(c, i): judged.verdict.label for c, i, judged in replies}
+    every = {(c, i): judged.verdict.label for c, i, judged in judge_stream(Planted(), prompts, grid, Phrases(), 8) if c in scored.worth}
+    assert seen == every and scored == found

@@ -17,10 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from latentguard.backends import Backend
-from latentguard.behaviour import Judged, divergence, refusal_log_odds
+from latentguard.behaviour import CleanRun, Damage, Judged, RefusalLogOdds, Shift
 from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, cosine, mean_difference, random_like
@@ -167,25 +166,20 @@ class _Ablation:
         refusing harmless prompts with the raw vector added at its own layer.
         """
         harmful, harmless = self._validation(cast, "refused_harmful", self.set.n_harmful), self._validation(cast, "accepted_harmless", self.set.n_harmless)
-        prompts, tokens = [*harmful, *harmless], cast.cells().refusal_tokens(self.backend)
-        clean = self.backend.logits(prompts)
-        odds = [refusal_log_odds(logprobs, tokens) for logprobs in clean]
-
-        def ablated(i: int, logprobs: Tensor) -> float:
-            return refusal_log_odds(logprobs, tokens) if i < len(harmful) else divergence(clean[i], logprobs)
-
+        prompts, tokens = [*harmful, *harmless], frozenset(cast.cells().refusal_tokens(self.backend))
         pairs = [(position, layer) for position in self.positions for layer in self.layers]
         removed = Grid(tuple(Cell((ablation(everywhere(self.directions[position], layer)),)) for position, layer in pairs))
         added = Grid(tuple(Cell((addition(self.directions[position], layer),)) for position, layer in pairs))
-        without = self.backend.logits(prompts, removed, reduce=ablated)
-        induced = self.backend.logits(harmless, added, reduce=lambda _, logprobs: refusal_log_odds(logprobs, tokens))
+        without = self.backend.logits(prompts, removed, reduce=Shift(CleanRun(self.backend, prompts), tokens))
+        induced = self.backend.logits(harmless, added, reduce=RefusalLogOdds(tokens))
         rows: list[Row] = []
         for (position, layer), values, scores in zip(pairs, without, induced, strict=True):
-            score, kl, more = mean(values[: len(harmful)]), mean(values[len(harmful) :]), mean(scores)
+            score, kl, more = mean([v[0] for v in values[: len(harmful)]]), mean([v[1] for v in values[len(harmful) :]]), mean(scores)
             row: Row = {"position": position, "layer": layer, "score": score.value, "low": score.low, "high": score.high, "n": score.n}
             row |= {"kl": kl.value, "kl_low": kl.low, "kl_high": kl.high, "induced": more.value, "induced_low": more.low, "induced_high": more.high}
             rows.append({**row, "n_harmless": kl.n, "fails": self._fails(score.value, kl.value, more.value)})
         self.tracker.rows([{"stage": "selection", **row} for row in rows])
+        odds = [clean for _, _, clean in without[0]]
         before, after = mean(odds[: len(harmful)]), mean(odds[len(harmful) :])
         told = {"score": before.value, "low": before.low, "high": before.high, "n": before.n}
         return rows, told | {"induced": after.value, "induced_low": after.low, "induced_high": after.high, "n_harmless": after.n}
@@ -246,21 +240,17 @@ class _Ablation:
         a token, and the perplexity of the tokens from the second on. A control's is of its first draws.
         """
         prompts = self.groups["harmless"][: self.set.n_damage]
-        following = [[(row, item.ids[t + 1]) for row, t in enumerate(item.user_tokens[:-1])] for item in self.backend.render(prompts)]
-        clean = self.backend.logits(prompts, position="user")
-
-        def measure(i: int, logprobs: Tensor) -> tuple[float, float]:
-            return divergence(clean[i], logprobs), -sum(float(logprobs[row, token]) for row, token in following[i])
-
+        clean = CleanRun(self.backend, prompts, "user")
         chosen = [(name, cell) for name, cells in conditions.items() for cell in cells[:_MEASURED]]
-        found: dict[str, list[list[tuple[float, float]]]] = {}
-        for (name, _), measured in zip(chosen, self.backend.logits(prompts, Grid(tuple(c for _, c in chosen)), position="user", reduce=measure), strict=True):
-            found.setdefault(name, []).append(measured)
-        length = sum(map(len, following))
+        found: dict[str, list[list[tuple[float, ...]]]] = {}
+        measured = self.backend.logits(prompts, Grid(tuple(c for _, c in chosen)), position="user", reduce=Damage(clean))
+        for (name, _), costs in zip(chosen, measured, strict=True):
+            found.setdefault(name, []).append(costs)
+        length = sum(map(len, clean.following))
         rows: dict[str, Row] = {}
         for name, draws in found.items():
             kl = mean([float(np.mean([draw[i][0] for draw in draws])) for i in range(len(prompts))])
-            loss = sum(part for draw in draws for _, part in draw) / (len(draws) * length) if length else math.nan
+            loss = sum(cost[-1] for draw in draws for cost in draw) / (len(draws) * length) if length else math.nan
             known = {"kl": kl.value, "kl_low": kl.low, "kl_high": kl.high, "kl_n": kl.n}
             rows[name] = {**known, "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf if length else math.nan}
         self.tracker.rows([{"stage": "damage", "intervention": name, **row} for name, row in rows.items()])

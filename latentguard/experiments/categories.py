@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
-from latentguard.behaviour import answer_tokens
+from latentguard.behaviour import Mass, answer_tokens
 from latentguard.datasets import Dataset
 from latentguard.detectors import LatentGuard, Projection
 from latentguard.directions import Activations, Direction, mean_difference
@@ -176,14 +176,14 @@ class Categories:
         """
         target = self.target or max(test, key=lambda name: len(test[name]))
         asked = [inverted(p, self.question) for p in test[target]]
-        tokens = sorted(answer_tokens(backend)["no"])
+        no = Mass(frozenset(answer_tokens(backend)["no"]))
         layers = [round(share * backend.n_layers) for share in self.invert_layers]
         where = f"before('{self.question}')"
         cells: list[Cell] = [Cell(tags={"direction": "none", "layer": None})]
         for name, direction in directions.items():
             grid = steering_grid(direction, layers, [-self.coef], positions=where)
             cells += [Cell(cell.interventions, {**cell.tags, "direction": name}) for cell in grid]
-        answers = backend.logits(asked, Grid(tuple(cells)), reduce=lambda _, logprobs: float(logprobs[-1, tokens].exp().sum()))
+        answers = backend.logits(asked, Grid(tuple(cells)), reduce=no)
         tracker.rows(
             [
                 {"stage": "inversion", "group": target, "prompt_id": p.id, **_plain(cell), "score": v}

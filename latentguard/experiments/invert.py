@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
-from latentguard.behaviour import answer_tokens
+from latentguard.behaviour import Shares, answer_tokens
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, mean_difference, random_like
 from latentguard.errors import InputError
@@ -161,12 +161,7 @@ class _Inversion:
     def _answers(self, prompts: Sequence[Prompt], grid: Grid) -> list[np.ndarray]:
         """P of each of the four answers at the first token: a [prompt, answer] array a cell."""
         asked = [inverted(prompt, self.question) for prompt in prompts]
-
-        def shares(_: int, logprobs: Any) -> list[float]:
-            chance = logprobs[-1].exp()
-            known = [float(chance[sorted(self.openings[name])].sum()) for name in ANSWERS[:3]]
-            return [*known, max(0.0, 1.0 - sum(known))]
-
+        shares = Shares(tuple(frozenset(self.openings[name]) for name in ANSWERS[:3]))
         return [np.array(cell) for cell in self.backend.logits(asked, grid, reduce=shares)]
 
     def _where(self, name: str, rule: str | None = None) -> str:

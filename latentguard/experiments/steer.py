@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from latentguard import plots
 from latentguard.backends import Backend
-from latentguard.behaviour import Cells, Judged, divergence, refusal_log_odds
+from latentguard.behaviour import Cells, CleanRun, Damage, Judged, RefusalLogOdds, screen
 from latentguard.controls import cosine_by_layer, shuffled_labels
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, mean_difference, random_like
@@ -60,6 +58,8 @@ class Steer:
     draws_reported: int = 10
     min_log_odds: float = 0.0
     max_damage: float = 1.0
+    stage: Literal["generate", "score, then generate"] = "generate"
+    min_change: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +72,8 @@ class Steer:
             raise ValueError(f"coefs={list(self.coefs)}: give at least one, each finite and above 0 (no steering is always run)")
         if not (math.isfinite(self.min_log_odds) and self.max_damage >= 0):
             raise ValueError(f"min_log_odds={self.min_log_odds}, max_damage={self.max_damage}: give a finite number, and one of 0 or more")
+        if not 0 <= self.min_change <= 1:
+            raise ValueError(f"min_change={self.min_change}: give a share from 0 to 1")
         if len(set(self.coefs)) < len(self.coefs):
             raise ValueError(f"coefs={list(self.coefs)}: one stands twice")
         check_seed(self.seed)
@@ -127,7 +129,7 @@ class _Run:
                 at["log_odds"],
                 at["damage"],
             )
-        grid = self._grid(poles)
+        grid = self._grid(poles, tokens)
         reported = {name: counted(self._reported(d, chosen[name], poles)) for name, d in (("harm", harm), ("refuse", refuse))}
         study = self.set.direction
         for control, made in (("random", self._random), ("shuffled", self._shuffled)):
@@ -197,7 +199,7 @@ class _Run:
         perplexity of these tokens, steered and clean.
         """
         grid = self._steering(direction)
-        odds = self.backend.logits(self.validation, grid, reduce=lambda _, logprobs: refusal_log_odds(logprobs, tokens))
+        odds = self.backend.logits(self.validation, grid, reduce=RefusalLogOdds(frozenset(tokens)))
         rows: list[Row] = []
         for cell, scores in zip(grid, odds, strict=True):
             layer, coef = cell.tags["layer"], cell.tags["coef"]
@@ -206,16 +208,11 @@ class _Run:
         best = max(row["log_odds"] for row in rows)
         asked = [i for i, row in enumerate(rows) if best < self.set.min_log_odds or row["log_odds"] >= self.set.min_log_odds]
         texts = self.validation[: self.set.n_damage]
-        clean = self.backend.logits(texts, position="user")
-        following = [[item.ids[t + 1] for t in item.user_tokens[:-1]] for item in self.backend.render(texts)]
-
-        def cost(i: int, logprobs: Tensor) -> tuple[float, float, float]:
-            return divergence(clean[i], logprobs), surprise(logprobs, following[i]), surprise(clean[i], following[i])
-
-        measured = self.backend.logits(texts, Grid(tuple(grid.cells[i] for i in asked)), position="user", reduce=cost)
+        damage = Damage(CleanRun(self.backend, texts, "user"))
+        measured = self.backend.logits(texts, Grid(tuple(grid.cells[i] for i in asked)), position="user", reduce=damage)
         for i, costs in zip(asked, measured, strict=True):
-            damage, steered, before = (sum(values) / len(values) for values in zip(*costs, strict=True))
-            rows[i] |= {"damage": damage, "perplexity": math.exp(min(steered, 50.0)), "perplexity_clean": math.exp(min(before, 50.0))}
+            kl, steered, before, _ = (sum(values) / len(values) for values in zip(*costs, strict=True))
+            rows[i] |= {"damage": kl, "perplexity": math.exp(min(steered, 50.0)), "perplexity_clean": math.exp(min(before, 50.0))}
         self.tracker.rows([{"stage": "validation", "intervention": direction.name, "score": row["log_odds"], **row} for row in rows])
         return rows
 
@@ -232,17 +229,29 @@ class _Run:
         layers, coefs = ([at["layer"]], [at["coef"]]) if at else (self.layers, self.set.coefs)
         return steering_grid(direction, layers, coefs, when=self.set.when, positions=self.set.where, intervention=direction.name, **tags)
 
-    def _grid(self, poles: str) -> list[Row]:
-        """Refusal rates at every layer × coefficient: both directions and random ones of the study's norm."""
+    def _grid(self, poles: str, tokens: set[int]) -> list[Row]:
+        """Refusal rates at every layer × coefficient: both directions and random ones of the study's norm; staged, a place where
+        the first tokens of no direction and draw move is scored only.
+        """
         cells = [*self._steering(self.directions[0]), *self._steering(self.directions[1])]
         drawn = [cell for draw in range(self.set.draws) for cell in self._steering(random_like(self.main, self.set.seed + draw), draw=draw)]
-        found = self._run(cells, self.grid_prompts, "grid", poles) + self._run(drawn, self.grid_prompts[: self.set.n_draw], "grid", poles)
-        merged: dict[tuple, list[Verdict]] = {}
-        for cell, verdicts in zip([*cells, *drawn], found, strict=True):
-            merged.setdefault((cell.tags["intervention"], cell.tags["layer"], cell.tags["coef"]), []).extend(verdicts)
+        asked = [(cells, self.grid_prompts), (drawn, self.grid_prompts[: self.set.n_draw])]
+        expected: dict[tuple, list[float]] = {}
+        worth: set[tuple] = {_place(cell) for cell in [*cells, *drawn]} if self.set.stage == "generate" else set()
+        for some, prompts in asked if not worth else ():
+            scored = screen(self.backend, prompts, Grid(tuple(some)), tokens, least=self.set.min_change)
+            worth |= {_place(some[i]) for i in scored.worth}
+            for cell, share in zip(some, scored.shares, strict=True):
+                expected.setdefault(_place(cell), []).append(share)
+        merged: dict[tuple, list[Verdict]] = {_place(cell): [] for cell in [*cells, *drawn]}
+        for some, prompts in asked:
+            if going := [cell for cell in some if _place(cell) in worth]:
+                for cell, verdicts in zip(going, self._run(going, prompts, "grid", poles), strict=True):
+                    merged[_place(cell)].extend(verdicts)
         doses = {d.name: d for d in self.directions} | {"random": self.main}
         return [
             {"direction": name, "layer": layer, "coef": coef, "dose": doses[name].dose(layer, coef), **counted(verdicts)}
+            | ({"expected": sum(values) / len(values), "scored_only": not verdicts} if (values := expected.get((name, layer, coef))) else {})
             for (name, layer, coef), verdicts in merged.items()
         ]
 
@@ -366,6 +375,10 @@ class _Run:
         return f"{self.backend.name}: {numbers} — {effect}."
 
 
+def _place(cell: Cell) -> tuple:
+    return tuple(cell.tags[name] for name in ("intervention", "layer", "coef"))
+
+
 def plain(data: Dataset, split: str) -> list[Prompt]:
     """Harmless prompts of the accepted-harmless role, look-alikes left out where there are others."""
     prompts = data.role("accepted_harmless", split)
@@ -377,13 +390,6 @@ def counted(verdicts: Sequence[Verdict]) -> Row:
     refused: Rate = rate([v.label == "refused" for v in verdicts])
     degenerate = rate([v.label == "degenerate" for v in verdicts])
     return {**refused.as_dict(), "degenerate": degenerate.k, "degenerate_rate": degenerate.rate}
-
-
-def surprise(logprobs: Tensor, following: Sequence[int]) -> float:
-    """Mean negative log-likelihood, in nats, of the tokens that follow: [token, vocab] log-probabilities of the places before them."""
-    if not following:
-        return 0.0
-    return float(-logprobs[torch.arange(len(following)), list(following)].mean())
 
 
 def as_text(row: Row) -> str:

@@ -84,6 +84,11 @@ def _lines(axis: Any, rows: Rows, x: str, baseline: Mapping[str, Any]) -> None:
     for direction in dict.fromkeys(row["direction"] for row in rows):
         line = sorted((row for row in rows if row["direction"] == direction), key=lambda row: row[x])
         colour, marker, dashes, name = STYLE[direction]
+        if scored := [row for row in line if row.get("scored_only")]:
+            shown = {"color": colour, "marker": marker, "markerfacecolor": "none", "linestyle": "none"}
+            axis.plot([row[x] for row in scored], [row["expected"] for row in scored], **shown, label=f"{name}: by first tokens alone")
+            if not (line := [row for row in line if not row.get("scored_only")]):
+                continue
         at = [row[x] for row in line]
         axis.plot(at, [row["rate"] for row in line], color=colour, marker=marker, linestyle=dashes, label=f"{name} ({counted(line)})")
         axis.fill_between(at, [row["low"] for row in line], [row["high"] for row in line], color=colour, alpha=0.15, linewidth=0)
