@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from latentguard.backends import Acting, Backend, Decoding, Reply, as_grid
+from latentguard.backends.memory import blank_states
 from latentguard.caches import cache_dir
 from latentguard.directions import Activations
 from latentguard.errors import InputError
@@ -105,7 +106,7 @@ class Stored(Backend):
             return self.inner.read(listed, wanted, positions)
         asked = _Asked(self._made_by, listed, self.render(listed))
         keys = list(zip(*(asked.states(position) for position in positions), strict=True))
-        values = torch.zeros(len(listed), len(wanted), len(parsed), self.d_model)
+        values = blank_states(len(listed), len(wanted), len(parsed), self.d_model)
         filled, lacking = values.numpy(), {}
         for at in range(0, len(keys), _BLOCK):
             block = keys[at : at + _BLOCK]
