@@ -223,3 +223,14 @@ def make_local(model, **settings):
     from tests.conftest import loud
 
     return Local(loud(model), tiny_tokenizer(), name="odd", weights="odd", **settings)
+
+
+def test_states_that_memory_does_not_hold_lie_in_a_mapped_file(tiny, prompts, monkeypatch, tmp_path):
+    from latentguard.backends import memory
+
+    monkeypatch.setenv("LATENTGUARD_CACHE", str(tmp_path))
+    plain = tiny.read(prompts, "all", ["t_inst"]).values
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1000)
+    mapped = tiny.read(prompts, "all", ["t_inst"]).values
+    assert torch.equal(mapped, plain) and not list((tmp_path / "states").iterdir()), "the file has no name that could stay behind"
+    assert mapped.untyped_storage().filename and not plain.untyped_storage().filename
