@@ -10,7 +10,7 @@ from tests.conftest import REPO
 
 PACKAGE = REPO / "latentguard"
 LEVELS = {
-    4: {"run", "sweeps"},
+    4: {"run", "sweeps", "bench"},
     3: {"experiments"},
     2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "report"},
     1: {"backends", "families", "weights", "templates"},
@@ -30,13 +30,16 @@ LEVELS = {
         "errors",
         "layers",
         "caches",
+        "packs",
+        "shelf",
+        "stock",
         "configs",
     },
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 ONLY_IN = {
     "nnsight": ("backends",),
-    "transformers": ("backends", "weights", "tuning"),
+    "transformers": ("backends", "weights", "tuning", "bench"),  # bench: the floors are plain transformers
     "wandb": ("trackers", "report"),
     "hydra": ("run", "sweeps"),
     "omegaconf": ("run", "sweeps"),

@@ -22,7 +22,7 @@ from latentguard.caches import cache_dir
 from latentguard.errors import InputError
 
 log = logging.getLogger(__name__)
-_CPU_ROWS, _GPU_ROWS = 96, 512  # rows that decode together: more do not get cheaper
+_CPU_ROWS, _GPU_ROWS = 192, 512  # rows that decode together: more do not get cheaper
 _GPU_TOKENS = 32_768
 _CPU_WORK = 2e11  # multiply-adds of one forward pass that hide what a pass costs besides; more is slower, the processor's caches being small
 
@@ -46,7 +46,7 @@ class Budget:
     room: int = 2**62
     a_token: int = 1
     a_logit: int = 1
-    a_pass: int = 32
+    a_pass: int = 48
     tried: int = 1
     held: int = 0
 
@@ -66,7 +66,7 @@ class Budget:
             return cls(_GPU_ROWS, _GPU_TOKENS, room, a_pass=512, **sizes)
         weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         tokens = min(8192, max(512, int(_CPU_WORK / weights)))
-        return cls(_CPU_ROWS, tokens, room, a_pass=max(32, tokens // 16), **sizes)
+        return cls(_CPU_ROWS, tokens, room, a_pass=max(48, tokens // 16), **sizes)
 
     def most(self, tokens: int, logits: int = 1) -> int:
         """How many rows of so many tokens, the last `logits` with logits, go into one prefill."""
