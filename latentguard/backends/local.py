@@ -139,8 +139,9 @@ class Local(Backend):
         rendered = self.render(listed)
         tokens = [[place.tokens(item) for place in parsed] for item in rendered]  # every position is found before anything runs
         cut = min((shared_prefix(rendered), *(t for places in tokens for at in places for t in at))) if listed else 0
-        todo, prefix = list(range(len(listed))), None
-        while todo:
+        left, prefix = set(range(len(listed))), None
+        while left:
+            todo = sorted(left)
             with shortage() as short:
                 for rows in [[todo[r] for r in part] for part in lengthwise([len(rendered[i]) - cut for i in todo], self.budget.most, self.budget.a_pass)]:
                     chunk = [rendered[i] for i in rows]
@@ -149,7 +150,7 @@ class Local(Backend):
                     if batch.prefix and prefix is None:
                         prefix = self._prefix_cache(batch.ids[:1, :cut], max(wanted))
                     yield rows, self._read_batch(batch, prefix if batch.prefix else None, wanted, [tokens[i] for i in rows])
-                    todo = [i for i in todo if i not in set(rows)]
+                    left.difference_update(rows)
             if short:
                 self.budget.shrink()
 
