@@ -48,15 +48,21 @@ class Decoder:
         self.budget.held = 0
         held, pool = next(units, None), _Pool(self)
         together = self.budget.together(held.batch.width + self.decoding.max_new_tokens) if held else 0
-        while held or pool.rows:
+        ended = held is None
+        while held or pool.rows or not ended:
             fresh: list[Unit] = []
             count = len(pool.rows)
-            while held and (not count or (2 * len(pool.rows) <= together >= count + len(held.pairs) and pool.takes(fresh, held))):
+            while 2 * len(pool.rows) <= together > count or not count:
+                if not held:
+                    self.budget.held = count
+                    held = next(units, None)
+                if ended := held is None:
+                    break
+                if count and (count + len(held.pairs) > together or not pool.takes(fresh, held)):
+                    break
                 fresh.append(held)
-                count += len(held.pairs)
-                self.budget.held = count
-                held = next(units, None)
-            self.budget.tried, self.budget.held = count, 0
+                count, held = count + len(held.pairs), None
+            self.budget.tried, self.budget.held = count, len(held.pairs) if held else 0
             yield from self._said(pool.join(fresh))
             yield from self._said(pool.step())
 

@@ -148,7 +148,7 @@ class Local(Backend):
                     batch = make_batch([listed[i] for i in rows], chunk, self.pad, self.device, cut if self.shares(chunk) else 0)
                     self.budget.tried = len(rows)
                     if batch.prefix and prefix is None:
-                        prefix = self._prefix_cache(batch.ids[:1, :cut], max(wanted))
+                        prefix = self._prefix_cache(batch.ids[:1, :cut], max(1, *wanted))
                     yield rows, self._read_batch(batch, prefix if batch.prefix else None, wanted, [tokens[i] for i in rows])
                     left.difference_update(rows)
             if short:
@@ -175,7 +175,10 @@ class Local(Backend):
         """Whether a prefix may stand apart from its padding: not where an attention window could fall between them, nor where
         attention counts columns.
         """
-        return self.reuse and not (self.window and max(map(len, chunk)) + ahead > self.window) and self.passes.bears_holes()
+        return self._within(chunk, ahead) and self.passes.bears_holes()
+
+    def _within(self, chunk: Sequence[Rendered], ahead: int) -> bool:
+        return self.reuse and not (self.window and max(map(len, chunk)) + ahead > self.window)
 
     def logits(
         self, prompts: object, interventions: Acting = (), *, position: str = "t_post_inst", reduce: Callable[[int, Tensor], object] | None = None
@@ -233,7 +236,7 @@ class Local(Backend):
                 act.check(self)
                 for item in rendered:
                     parse_position(act.positions).tokens(item)
-        return Prefill(self.passes, self.budget, prompts, rendered, grid, first, lambda chunk: self.shares(chunk, ahead), self.pad, self.device)
+        return Prefill(self.passes, self.budget, prompts, rendered, grid, first, lambda chunk: self._within(chunk, ahead), self.pad, self.device)
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

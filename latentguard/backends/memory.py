@@ -80,7 +80,7 @@ class Budget:
     def shrink(self) -> None:
         """After the last pass was too much: half its rows, or an end where there is nothing to halve."""
         tried, self.held = self.tried + self.held, 0
-        if tried <= 1:
+        if tried <= 1 or self.rows == 1:
             raise InputError("out of memory with one prompt in the batch: free memory, or choose a smaller model, dtype, quantization or shorter prompts")
         self.rows = max(1, min(self.rows, tried) // 2)
         log.warning("out of memory with %d rows in a batch: going on with %d", tried, self.rows)

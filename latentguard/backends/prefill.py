@@ -42,7 +42,7 @@ class Prefill:
 
     Args:
         first: each prompt's first token whose logits are wanted.
-        shares: whether a batch of these prompts may keep its shared prefix apart from its padding.
+        within: whether a batch of these prompts lies within the model's attention windows, so that parts of it may be run apart.
     """
 
     passes: Passes
@@ -51,7 +51,7 @@ class Prefill:
     rendered: Sequence[Rendered]
     grid: Grid
     first: Sequence[int]
-    shares: Callable[[Sequence[Rendered]], bool]
+    within: Callable[[Sequence[Rendered]], bool]
     pad: int
     device: torch.device
 
@@ -59,7 +59,8 @@ class Prefill:
         depth = self.passes.n_layers
         self.starts = [first_layer(cell, depth) for cell in self.grid]
         apart = any(act.per_prompt for cell in self.grid for act in cell.interventions)
-        self.cut = 0 if apart or not self.prompts else min(shared_prefix(self.rendered), *self.first)
+        whole = apart or not self.prompts or not self.passes.bears_holes()
+        self.cut = 0 if whole else min(shared_prefix(self.rendered), *self.first)
         self._groups: list[tuple[int, ...]] = []  # cells of one start whose prefixes are run together
         for _, same in groupby(sorted(range(len(self.grid)), key=lambda c: self.starts[c]), key=lambda c: self.starts[c]):
             cells = list(same)
@@ -84,10 +85,10 @@ class Prefill:
 
     def _chunk(self, rows: list[int], cells: set[int]) -> Iterator[Unit]:
         chunk = [self.rendered[i] for i in rows]
-        shares = self.shares(chunk)
-        batch = make_batch([self.prompts[i] for i in rows], chunk, self.pad, self.device, self.cut if shares else 0)
+        within = self.within(chunk)
+        batch = make_batch([self.prompts[i] for i in rows], chunk, self.pad, self.device, self.cut if within else 0)
         keep = max(batch.width - batch.column(r, self.first[i]) for r, i in enumerate(rows))
-        clean = self._clean(batch, {self.starts[c] for c in cells} - {0}) if shares and len(cells) > 1 else None
+        clean = self._clean(batch, {self.starts[c] for c in cells} - {0}) if within and len(cells) > 1 else None
         size = max(1, self.budget.most(batch.width - batch.prefix, keep) // len(rows))
         for group in self._groups:
             asked = [c for c in group if c in cells]
@@ -117,6 +118,7 @@ class Prefill:
         at, of = every % n, torch.tensor([group.index(c) for c in cells], device=self.device).repeat_interleave(n)
         plan = make_plan([(self.grid.cells[c], r) for c in cells for r in range(n)], batch, self.passes.n_layers)
         cache = taken(self._prefixes(batch, group, clean, start), of) if cut else self.passes.cache()
+        self.budget.tried = len(pairs)
         out = self.passes.forward(
             batch.ids[at, cut:], batch.mask[at], batch.position_ids[at, cut:], cache, take_plan(plan, every, slice(cut, None)),
             start=start, entering=clean.states[start][at] if clean else None, keep=keep,
