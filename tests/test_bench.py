@@ -231,10 +231,12 @@ def test_tokens_of_another_grid_are_caught(tiny, plain):
         (["--shapes", "gpt9", "--layers", "2"], "choose from llama3_8b"),
         (["--peer-python", "repeng"], "write NAME=/path/to/python"),
         (["--peer-python", "repeng=/nowhere/python"], "there is no program"),
+        (["--peers"], "is installed beside latentguard"),
         (["--model", "no_such_model"], "no_such_model"),
     ],
 )
-def test_wrong_words_are_one_sentence(words, said, capsys, tmp_path):
+def test_wrong_words_are_one_sentence(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "NAMES", ("repeng_that_nobody_has",) if words == ["--peers"] else peers.NAMES)
     assert main([*words, "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "Traceback" not in err

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=32, help="tokens a reply (default 32)")
     made.add_argument("--seed", type=int, default=0, help="of the prompts (default 0)")
     made.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    made.add_argument("--peers", action="store_true", help="the peers that are installed beside latentguard too")
     made.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH", help="a peer and the Python that has it, several (docs/benchmarks.md)")
     made.add_argument("--curves", action="store_true", help="cost against size instead, with a figure (default model: tiny)")
     made.add_argument("--shapes", metavar="NAME", help="random weights of large shapes instead, for a GPU: llama3_8b")
@@ -122,7 +123,7 @@ def run(options: argparse.Namespace, rows: list[str]) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    pythons = peers.parse(options.peer_python)
+    pythons = peers.parse(options.peer_python, options.peers)
     asked = {name: getattr(options, name) for name in ("rounds", "dtype", "reads", "prompts", "tokens", "seed", "layers", "d_model")}
     plan = runner.Plan(rows=rows, peers=pythons, **asked)
     models = [name for word in options.model for name in word.split(",")]
@@ -141,7 +142,7 @@ def run(options: argparse.Namespace, rows: list[str]) -> int:
                 yield name, lambda found, name=name: runner.bench_curves(name, options.rounds, found, say)
         else:
             for name in models or default_models():
-                known = any(name in pair for pair in DEFAULTS)
+                known = any(name in pair for pair in DEFAULTS) and (options.reads, options.prompts, options.tokens) == (64, 16, 32)
                 yield name, lambda found, name=name, known=known: runner.bench_model(name, plan, found, say, targets=known)
 
     code = 0

@@ -4,9 +4,11 @@ Their pins conflict with ours, so nothing is shared but JSON lines, a folder wit
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +26,11 @@ WORKER = Path(__file__).with_name("worker.py")
 NAMES = ("steering_vectors", "repeng", "transformer_lens", "pyvene")
 
 
-def parse(given: Sequence[str]) -> dict[str, str]:
-    """NAME=/path/to/python, several; the Python is the one that has the peer."""
-    found = {}
+def parse(given: Sequence[str], installed: bool = False) -> dict[str, str]:
+    """NAME=/path/to/python, several; the Python is the one that has the peer. `installed`: also the peers beside this package."""
+    found = {name: sys.executable for name in NAMES if installed and importlib.util.find_spec(name)}
+    if installed and not found and not given:
+        raise InputError(f"--peers: none of {', '.join(NAMES)} is installed beside latentguard; give --peer-python NAME=/path/to/python (docs/benchmarks.md)")
     for word in given:
         name, _, path = word.partition("=")
         if name not in NAMES or not path:
@@ -81,10 +85,10 @@ class Peer:
             Withdrawn: with the last words of the worker, where it died.
         """
         if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen(
-                [self.python, str(self.script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(self.scratch / f"{self.name}.log").open("w"), text=True,
-                env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
-            )  # fmt: skip
+            with (self.scratch / f"{self.name}.log").open("w") as log:
+                own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+                command = [self.python, str(self.script)]
+                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=own)
             self.versions.update(self._send({"do": "load", "peer": self.name, "folder": str(self.folder), "threads": self.threads}))
         return self._send(job)
 
