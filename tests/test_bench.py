@@ -236,7 +236,7 @@ def test_tokens_of_another_grid_are_caught(tiny, plain):
     ],
 )
 def test_wrong_words_are_one_sentence(words, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(peers, "NAMES", ("repeng_that_nobody_has",) if words == ["--peers"] else peers.NAMES)
+    monkeypatch.setattr(peers, "NAMES", ("transformers", "repeng_that_nobody_has") if words == ["--peers"] else peers.NAMES)
     assert main([*words, "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err.strip()
     assert said in err and "Traceback" not in err

@@ -23,14 +23,16 @@ from latentguard.bench.rows import Bench
 from latentguard.errors import InputError
 
 WORKER = Path(__file__).with_name("worker.py")
-NAMES = ("steering_vectors", "repeng", "transformer_lens", "pyvene")
+NAMES = ("transformers", "steering_vectors", "repeng", "transformer_lens", "pyvene")
 
 
 def parse(given: Sequence[str], installed: bool = False) -> dict[str, str]:
     """NAME=/path/to/python, several; the Python is the one that has the peer. `installed`: also the peers beside this package."""
-    found = {name: sys.executable for name in NAMES if installed and importlib.util.find_spec(name)}
+    found = {name: sys.executable for name in NAMES if installed and name != "transformers" and importlib.util.find_spec(name)}
     if installed and not found and not given:
-        raise InputError(f"--peers: none of {', '.join(NAMES)} is installed beside latentguard; give --peer-python NAME=/path/to/python (docs/benchmarks.md)")
+        raise InputError(
+            f"--peers: none of {', '.join(NAMES[1:])} is installed beside latentguard; give --peer-python NAME=/path/to/python (docs/benchmarks.md)"
+        )
     for word in given:
         name, _, path = word.partition("=")
         if name not in NAMES or not path:

@@ -97,6 +97,44 @@ class Peer:
         return said
 
 
+class Transformers(Peer):
+    """No peer at all: transformers and torch hooks in a process of their own, to see that the floor pays for nothing of ours."""
+
+    package = "transformers"
+
+    def read(self, job, layers):
+        """Hooks on the whole model, as most people write it."""
+        found, taken = [], []
+        blocks = self.model.model.layers
+        hooks = [blocks[layer - 1].register_forward_hook(lambda _module, _inputs, output: taken.append(self.state(output)[:, -1].clone())) for layer in layers]
+        with self.torch.no_grad():
+            for ids in self.batches(job["ids"]):
+                self.model(**self.padded(ids))
+                found.append(self.torch.stack(taken, 1))
+                taken.clear()
+        for hook in hooks:
+            hook.remove()
+        return self.torch.cat(found)
+
+    def steered(self, job, layer, vector):
+        """A hook on the block before."""
+        vector = vector.to(self.device)
+
+        def add(_module, _inputs, output):
+            return (output[0] + vector, *output[1:]) if isinstance(output, tuple) else output + vector
+
+        hook = self.model.model.layers[layer - 1].register_forward_hook(add)
+        with self.torch.no_grad():
+            said = self.plain_generate(lambda batch, how: self.model.generate(**batch, **how), job)
+        hook.remove()
+        return said
+
+    @staticmethod
+    def state(output):
+        """A block's residual stream."""
+        return output[0] if isinstance(output, tuple) else output
+
+
 class SteeringVectors(Peer):
     """steering-vectors: pairs of texts, hooks on the layers asked for."""
 
@@ -220,7 +258,7 @@ class TransformerLens(Peer):
         return said
 
 
-PEERS = {"steering_vectors": SteeringVectors, "repeng": Repeng, "pyvene": Pyvene, "transformer_lens": TransformerLens}
+PEERS = {"transformers": Transformers, "steering_vectors": SteeringVectors, "repeng": Repeng, "pyvene": Pyvene, "transformer_lens": TransformerLens}
 
 
 def load(job):
