@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while t
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -195,4 +196,5 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end keeps what was finished, as Ctrl-C does
     sys.exit(main())
