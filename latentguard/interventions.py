@@ -3,8 +3,9 @@
 An intervention is a frozen value. In a list they act together, in order; the cells of a `Grid` are apart.
 """
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from latentguard.directions import Activations, Direction, tensor_hash
 from latentguard.errors import InputError
+from latentguard.fingerprints import told
 from latentguard.layers import Layers, resolve_layers
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, digest
@@ -45,9 +47,13 @@ class Intervention:
     `layer` is a layer or several (see layers.py): what enters that block is changed; layer L is the last block's
     output. `positions` is a place in the prompt (positions.py). `when='prefill'` touches the prompt only, as in the
     paper; `'every_step'` also each generated token.
+
+    A kind of your own (docs/remote.md): subclass with a `kind`, a `change(state, vector, amount) -> state` (a staticmethod, of
+    torch alone: state is [row, token, d_model], vector [row, 1, d_model], amount [row, 1, 1]), an `amount` and a `vector`.
     """
 
     kind: ClassVar[str] = ""
+    change: ClassVar[Callable[..., Tensor]]
     per_prompt: ClassVar[bool] = False
     layer: Layers = field(kw_only=True)
     positions: str = field(default="all", kw_only=True)
@@ -79,7 +85,12 @@ class Intervention:
     def identity(self) -> object:
         """What tells this intervention from every other: the store's key."""
         where = [self.layer if isinstance(self.layer, int | float | str) else list(self.layer), self.positions, self.when]
-        return [self.kind, *where, self.amount, self._source()]
+        return [self.kind, *where, self.amount, self._source(), *self._code()]
+
+    def _code(self) -> list[str]:
+        """Of a kind that is not ours its source: with another, it is another."""
+        own = type(self)
+        return [] if own.__module__.partition(".")[0] == "latentguard" else [digest([inspect.getsource(own), told(own.change)])]
 
     def _source(self) -> object:
         return None
@@ -108,6 +119,7 @@ class Add(_Along):
     """h + coef · v: steering (arXiv 2507.11878, §3.4; there coef 1, one layer, all prompt tokens, prefill)."""
 
     kind: ClassVar[str] = "add"
+    change = staticmethod(add)
     coef: float = field(default=1.0, kw_only=True)
 
     @property
@@ -121,6 +133,7 @@ class Scale(_Along):
     """Scale the component along v by `factor`."""
 
     kind: ClassVar[str] = "scale"
+    change = staticmethod(scale)
     factor: float = field(kw_only=True)
 
     @property
@@ -134,6 +147,7 @@ class Ablate(_Along):
     """Project v out of h (directional ablation, arXiv 2406.11717, at the residual stream)."""
 
     kind: ClassVar[str] = "scale"
+    change = staticmethod(scale)
 
     @property
     def amount(self) -> float:
@@ -146,6 +160,7 @@ class Patch(Intervention):
     """Put stored states in place: for each prompt the state of the same id, or of `source[id]`, read at `read_at`."""
 
     kind: ClassVar[str] = "patch"
+    change = staticmethod(patch)
     per_prompt: ClassVar[bool] = True
     states: Activations
     read_at: str | None = field(default=None, kw_only=True)
