@@ -7,17 +7,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from latentguard.backends import Backend, Decoding, Reply
+from latentguard.backends import Backend, Decoding, Measure, Reply
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge, Verdict
 from latentguard.metrics import base_rate_gate, log_odds
 from latentguard.prompts import Prompt
-from latentguard.store import Stored
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,31 @@ def surprise(logprobs: Tensor, following: Sequence[int]) -> float:
     return float(-logprobs[torch.arange(len(following)), list(following)].mean())
 
 
-# What studies make of log-probabilities [token, vocab]: reductions (`store.Reduction`). A number in an identity goes up when a result changes.
+# What studies make of log-probabilities [token, vocab]: functions of (changed, clean, own) that can travel (`backends.Measure`), and
+# the reductions (`store.Reduction`) that name them. A number in an identity goes up when a result changes.
+
+
+def _odds(logprobs: Tensor, _clean: object, _own: object, tokens: Iterable[int]) -> float:
+    return refusal_log_odds(logprobs, tokens)
+
+
+def _mass(logprobs: Tensor, _clean: object, _own: object, tokens: Iterable[int]) -> float:
+    return float(logprobs[-1, sorted(tokens)].exp().sum())
+
+
+def _shares(logprobs: Tensor, _clean: object, _own: object, sets: Iterable[Iterable[int]]) -> list[float]:
+    chance = logprobs[-1].exp()
+    known = [float(chance[sorted(tokens)].sum()) for tokens in sets]
+    return [*known, max(0.0, 1.0 - sum(known))]
+
+
+def _shift(logprobs: Tensor, clean: Tensor, _own: object, tokens: Iterable[int]) -> tuple[float, float, float]:
+    return refusal_log_odds(logprobs, tokens), divergence(clean, logprobs), refusal_log_odds(clean, tokens)
+
+
+def _damage(logprobs: Tensor, clean: Tensor, following: Sequence[int]) -> tuple[float, float, float, float]:
+    total = -sum(float(logprobs[row, token]) for row, token in enumerate(following))
+    return divergence(clean, logprobs), surprise(logprobs, following), surprise(clean, following), total
 
 
 @dataclass(frozen=True)
@@ -116,6 +139,10 @@ class RefusalLogOdds:
     def __call__(self, _: int, logprobs: Tensor) -> float:
         """Of one prompt in one cell."""
         return refusal_log_odds(logprobs, self.tokens)
+
+    def measure(self, _: Sequence[int]) -> Measure:
+        """To be taken elsewhere."""
+        return Measure(partial(_odds, tokens=sorted(self.tokens)))
 
     def identity(self) -> object:
         """The tokens decide it."""
@@ -130,7 +157,11 @@ class Mass:
 
     def __call__(self, _: int, logprobs: Tensor) -> float:
         """Of one prompt in one cell."""
-        return float(logprobs[-1, sorted(self.tokens)].exp().sum())
+        return _mass(logprobs, None, None, self.tokens)
+
+    def measure(self, _: Sequence[int]) -> Measure:
+        """To be taken elsewhere."""
+        return Measure(partial(_mass, tokens=sorted(self.tokens)))
 
     def identity(self) -> object:
         """The tokens decide it."""
@@ -145,9 +176,11 @@ class Shares:
 
     def __call__(self, _: int, logprobs: Tensor) -> list[float]:
         """Of one prompt in one cell: one more than there are sets."""
-        chance = logprobs[-1].exp()
-        known = [float(chance[sorted(tokens)].sum()) for tokens in self.sets]
-        return [*known, max(0.0, 1.0 - sum(known))]
+        return _shares(logprobs, None, None, self.sets)
+
+    def measure(self, _: Sequence[int]) -> Measure:
+        """To be taken elsewhere."""
+        return Measure(partial(_shares, sets=[sorted(tokens) for tokens in self.sets]))
 
     def identity(self) -> object:
         """The sets decide it."""
@@ -157,14 +190,13 @@ class Shares:
 class CleanRun:
     """Log-probabilities of the untouched model at a position, for measures that set a changed model against it.
 
-    They are asked for when the first is needed: with a store, that is when a measure is not there yet; else at once.
+    They are asked for when the first is needed: with a store, that is when a measure is not there yet. Elsewhere than on this
+    machine they are never asked for: the measure is taken where the clean run is made.
     """
 
     def __init__(self, backend: Backend, prompts: Sequence[Prompt], position: str = "t_post_inst") -> None:
         self.backend, self.prompts, self.position = backend, prompts, position
         self._found: dict[int, Tensor] = {}
-        if not isinstance(backend, Stored):
-            self.fetch(range(len(prompts)))
 
     def fetch(self, indices: Iterable[int]) -> None:
         """Compute those that are not there yet, in one call."""
@@ -192,8 +224,11 @@ class Shift:
 
     def __call__(self, index: int, logprobs: Tensor) -> tuple[float, float, float]:
         """Of one prompt in one cell."""
-        before = self.clean[index]
-        return refusal_log_odds(logprobs, self.tokens), divergence(before, logprobs), refusal_log_odds(before, self.tokens)
+        return _shift(logprobs, self.clean[index], None, self.tokens)
+
+    def measure(self, _: Sequence[int]) -> Measure:
+        """To be taken elsewhere, beside a clean run made there."""
+        return Measure(partial(_shift, tokens=sorted(self.tokens)), clean=True)
 
     def identity(self) -> object:
         """The clean run is the prompt's own, so the tokens decide it."""
@@ -214,9 +249,11 @@ class Damage:
 
     def __call__(self, index: int, logprobs: Tensor) -> tuple[float, float, float, float]:
         """Of one prompt in one cell."""
-        before, following = self.clean[index], self.clean.following[index]
-        total = -sum(float(logprobs[row, token]) for row, token in enumerate(following))
-        return divergence(before, logprobs), surprise(logprobs, following), surprise(before, following), total
+        return _damage(logprobs, self.clean[index], self.clean.following[index])
+
+    def measure(self, indices: Sequence[int]) -> Measure:
+        """To be taken elsewhere, beside a clean run made there."""
+        return Measure(_damage, clean=True, own=[self.clean.following[i] for i in indices])
 
     def identity(self) -> object:
         """The clean run and the tokens that follow are the prompt's own."""

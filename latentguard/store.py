@@ -44,7 +44,8 @@ class Reduction(Protocol):
     """What makes something small of log-probabilities [token, vocab], and says what it is, so that its results can be kept: numbers,
     strings, lists, tuples, tensors. `index` is the prompt's place in the list given to `logits`.
 
-    Where it has `prepare(indices)`, that is called before any of these prompts is scored, outside of any forward pass.
+    Where it has `prepare(indices)`, that is called before any of these prompts is scored, outside of any forward pass; where it has
+    `measure(indices)`, that is what a backend elsewhere is sent in its place.
     """
 
     def __call__(self, index: int, logprobs: Tensor) -> object:
@@ -156,9 +157,8 @@ class Stored(Backend):
         for cells, rows in _alike(missing):
             step = max(16, _ROWS // len(cells))
             for part in (rows[at : at + step] for at in range(0, len(rows), step)):
-                getattr(reduce, "prepare", lambda _: None)(part)
                 fused = Grid(tuple(grid.cells[c] for c in cells))
-                made = self.inner.logits([listed[i] for i in part], fused, position=position, reduce=lambda j, logprobs, part=part: reduce(part[j], logprobs))
+                made = self.inner.logits([listed[i] for i in part], fused, position=position, reduce=_some_of(reduce, part))
                 entries = {}
                 for c, row in zip(cells, made, strict=True):
                     for i, result in zip(part, row, strict=True):
@@ -203,6 +203,22 @@ class Stored(Backend):
                     except (ValueError, KeyError, TypeError):
                         self._shelf.drop(key)
                 yield c, i, found
+
+
+def _some_of(reduce: Any, part: Sequence[int]) -> Callable[[int, Tensor], object]:
+    """A reduction for some of its prompts, with what it can do besides."""
+
+    def some(index: int, logprobs: Tensor) -> object:
+        return reduce(part[index], logprobs)
+
+    def of(indices: Sequence[int]) -> list[int]:
+        return [part[i] for i in indices]
+
+    if hasattr(reduce, "prepare"):
+        some.prepare = lambda indices: reduce.prepare(of(indices))
+    if hasattr(reduce, "measure"):
+        some.measure = lambda indices: reduce.measure(of(indices))
+    return some
 
 
 class _Asked:

@@ -136,13 +136,13 @@ def test_damage_is_measured_against_a_clean_run_that_is_asked_for_only_when_need
                 following = [tiny.render(prompts)[i].ids[t + 1] for t in tiny.render(prompts)[i].user_tokens[:-1]]
                 assert (kl, after, before) == (divergence(clean[i], changed[c][i]), surprise(changed[c][i], following), surprise(clean[i], following))
                 assert total == pytest.approx(after * len(following), rel=1e-5) and kl > 0
-        assert counted.scored == [(7, 0), (7, 2)], "the clean run first, for no pass may run inside another; and nothing the second time"
+        assert counted.scored == [(7, 2), (7, 0)], "the clean run, asked for within the call and before its first pass; and nothing the second time"
     stored = Stored(counted, tmp_path)
     more = steering_grid(direction, [2, 3, 4], [2.0])
     again = stored.logits(prompts[3:], more, position="user", reduce=Damage(CleanRun(stored, prompts[3:], "user")))
-    assert counted.scored[2:] == [(4, 0), (4, 1)] and again[:2] == [row[3:] for row in found]
+    assert counted.scored[2:] == [(4, 1), (4, 0)] and again[:2] == [row[3:] for row in found]
     assert again[2][1][0] == pytest.approx(divergence(clean[4], tiny.logits(prompts, more.cells[2].interventions, position="user")[4]), abs=1e-5)
     bare = Counting(tiny)
     shift = bare.logits(prompts, grid, reduce=Shift(CleanRun(bare, prompts), ODDS.tokens))
-    assert bare.scored == [(7, 0), (7, 2)], "without a store at once"
+    assert bare.scored == [(7, 2), (7, 0)], "the same without a store"
     assert [one[2] for one in shift[0]] == [refusal_log_odds(logprobs, ODDS.tokens) for logprobs in tiny.logits(prompts)]

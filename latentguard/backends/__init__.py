@@ -43,6 +43,17 @@ class Reply:
     finish: str
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A reduction of log-probabilities that can travel to where the weights are: `function(log-probabilities [token, vocab], those of
+    the untouched model or None, own)`, a module's function or a `functools.partial` of one. `own` has an entry a prompt.
+    """
+
+    function: Callable[..., object]
+    clean: bool = False
+    own: Sequence[object] | None = None
+
+
 class Backend(Protocol):
     """The model: where its states are read, its logits asked for, and its replies made.
 
@@ -83,7 +94,9 @@ class Backend(Protocol):
         reduce: "Callable[[int, Tensor], object] | None" = None,
     ) -> list:
         """Next-token log-probabilities at `position`: a list over prompts of [token, vocab] (a list of such lists for a
-        Grid). `reduce(prompt_index, logprobs)` replaces each by something smaller as soon as it is there.
+        Grid). `reduce(prompt_index, logprobs)` replaces each by something smaller as soon as it is there; where it has
+        `prepare(indices)`, that is called before anything runs here, and where it has `measure(indices)`, that `Measure` is what
+        a backend elsewhere is sent.
         """
         ...
 
