@@ -93,6 +93,17 @@ class Moments:
             self._products += near @ near.transpose(-1, -2)
         self.n += len(states)
 
+    def merge(self, n: int, origin: Tensor, total: Tensor, products: Tensor | None) -> None:
+        """Count states that were added up elsewhere: how many, the first of them, and sums of differences from it."""
+        if self._origin is None:
+            self._origin = origin.double()
+        off = origin.double() - self._origin
+        if self._products is not None and products is not None:
+            cross = total.float()[..., :, None] * off.float()[..., None, :]
+            self._products += products + cross + cross.transpose(-1, -2) + n * off.float()[..., :, None] * off.float()[..., None, :]
+        self._sum += total.double() + n * off
+        self.n += n
+
     @property
     def mean(self) -> Float[Tensor, "layer position d_model"]:
         """The mean state, float32."""

@@ -29,6 +29,7 @@ from latentguard.errors import InputError
 
 log = logging.getLogger(__name__)
 CONVERSION = 1  # raised whenever converted files would differ
+_SKELETON = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -54,6 +55,7 @@ class ModelSpec:
     n_layers: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device_map: str | dict[str, Any] | None = None
+    tensor_parallel: bool | int = False
     quantization: dict[str, Any] | None = None
     attention: str = "sdpa"
     template: Literal["chat", "paper", "plain"] = "chat"
@@ -102,7 +104,7 @@ def problem(where: str, error: Any) -> str:
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # what the settings' own check said
         return f"{where}: {reason}"
-    place = ".".join([where, *(str(part) for part in first["loc"] if "[" not in str(part))])
+    place = ".".join([where, *(str(part) for part in first["loc"] if "[" not in str(part) and part not in ("bool", "int", "str"))])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{place}={first.get('input')!r}: {reason}{more}"
 
@@ -146,8 +148,16 @@ def _checked(folder: Path, spec: ModelSpec) -> Path:
 
 def config_folder(spec: ModelSpec) -> Path:
     """A folder with the model's config.json: of a model on the Hub, nothing more is fetched."""
-    remote = spec.id and not spec.packages and not Path(spec.id).expanduser().is_dir() and not spec.id.startswith((".", "/", "~"))
-    return _from_hub(spec, ["config.json", "*.py"]) if remote else locate(spec)
+    return _from_hub(spec, ["config.json", "*.py"]) if _on_hub(spec) else locate(spec)
+
+
+def skeleton_folder(spec: ModelSpec) -> Path:
+    """A folder with the model's config and tokenizer: of a model on the Hub, no weights are fetched."""
+    return _from_hub(spec, _SKELETON) if _on_hub(spec) else locate(spec)
+
+
+def _on_hub(spec: ModelSpec) -> bool:
+    return bool(spec.id and not spec.packages and not Path(spec.id).expanduser().is_dir() and not spec.id.startswith((".", "/", "~")))
 
 
 def _from_hub(spec: ModelSpec, patterns: list[str] = _WANTED) -> Path:
@@ -157,7 +167,8 @@ def _from_hub(spec: ModelSpec, patterns: list[str] = _WANTED) -> Path:
     wanted = {"repo_id": spec.id, "revision": spec.revision, "allow_patterns": patterns}
     try:
         folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if _complete(folder) or (patterns is not _WANTED and (folder / "config.json").is_file()):
+        needed = ("config.json", "tokenizer_config.json") if patterns is _SKELETON else ("config.json",)
+        if _complete(folder) or (patterns is not _WANTED and all((folder / name).is_file() for name in needed)):
             return folder
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         pass

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentguard.interventions import Cell, Intervention, add, patch, scale
+from latentguard.interventions import Cell, Intervention
 from latentguard.positions import Rendered, parse_position
 from latentguard.prompts import Prompt
-
-KINDS = {"add": add, "scale": scale, "patch": patch}
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def shared_prefix(rendered: Sequence[Rendered]) -> int:
 class Slot:
     """One operation on one layer for all rows at once; `mask` [row, column, 1] says where."""
 
-    kind: str
+    change: Callable[..., Tensor]
     vector: Tensor
     amount: Tensor
     mask: Tensor
@@ -74,12 +72,12 @@ class Slot:
     def __call__(self, state: Tensor) -> Tensor:
         """`state` [row, column, d_model] with the operation done where the mask is true."""
         device = state.device
-        changed = KINDS[self.kind](state.float(), self.vector.to(device), self.amount.to(device))
+        changed = self.change(state.float(), self.vector.to(device), self.amount.to(device))
         return torch.where(self.mask.to(device), changed.to(state.dtype), state)
 
     def take(self, rows: Tensor, columns: slice = slice(None)) -> "Slot":
         """The same for some rows and columns."""
-        return Slot(self.kind, self.vector[rows], self.amount[rows], self.mask[rows][:, columns])
+        return Slot(self.change, self.vector[rows], self.amount[rows], self.mask[rows][:, columns])
 
 
 Plan = dict[int, list[Slot]]
@@ -107,22 +105,24 @@ def step_plan(rows: Sequence[tuple[Cell, Prompt]], n_layers: int, device: torch.
 def _plan(
     rows: Sequence[tuple[Sequence[Intervention], Prompt]], columns: Callable[[int, Intervention], list[int]], width: int, n_layers: int, device: torch.device
 ) -> Plan:  # fmt: skip
-    found: dict[int, dict[tuple[int, str], list]] = {}
+    found: dict[int, dict[tuple[int, str, Callable], list]] = {}
     for row, (acts, prompt) in enumerate(rows):
         depth: dict[int, int] = {}
         for act in acts:
             for layer in act.layers(n_layers):
                 order = depth[layer] = depth.get(layer, -1) + 1
-                found.setdefault(layer, {}).setdefault((order, act.kind), []).append((row, act.vector(layer, prompt), act.amount, columns(row, act)))
+                found.setdefault(layer, {}).setdefault((order, act.kind, act.change), []).append(
+                    (row, act.vector(layer, prompt), act.amount, columns(row, act))
+                )
     plan: Plan = {}
     for layer, slots in found.items():
-        for (_, kind), entries in sorted(slots.items(), key=lambda item: item[0]):
+        for (*_, change), entries in sorted(slots.items(), key=lambda item: item[0][:2]):
             vector, amount = torch.zeros(len(rows), 1, entries[0][1].shape[-1]), torch.zeros(len(rows), 1, 1)
             mask = torch.zeros(len(rows), width, 1, dtype=torch.bool)
             for row, value, size, at in entries:
                 vector[row, 0], amount[row] = value, size
                 mask[row, at] = True
-            plan.setdefault(layer, []).append(Slot(kind, vector.to(device), amount.to(device), mask.to(device)))
+            plan.setdefault(layer, []).append(Slot(change, vector.to(device), amount.to(device), mask.to(device)))
     return plan
 
 

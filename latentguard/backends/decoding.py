@@ -72,22 +72,27 @@ class Decoder:
             yield cell, i, Reply(self.prompts[i], self.text(row.said), tuple(row.said), row.finish)
 
     def say(self, rows: Sequence[_Row], logits: Tensor) -> list[_Row]:
-        """Add a token to each row; the rows that it ends."""
-        ended, most = [], self.decoding.max_new_tokens
-        for row, token in zip(rows, self._choose(rows, logits).tolist(), strict=True):
+        """Add a token to each row, on every rank as on rank 0; the rows that it ends."""
+        ended = []
+        for row, (token, finish) in zip(rows, self.passes.team.same(lambda: self._choices(rows, logits)), strict=True):
             if row.finish:
                 continue
-            if token in self.eos:
-                row.finish = "eos"
-            else:
+            if finish != "eos":
                 row.said.append(token)
-                if len(row.said) == most:
-                    row.finish = "length"
-                elif self.decided and self.decided(self.text(row.said)):
-                    row.finish = "decided"
-            if row.finish:
+            row.finish = finish
+            if finish:
                 ended.append(row)
         return ended
+
+    def _choices(self, rows: Sequence[_Row], logits: Tensor) -> list[tuple[int, str]]:
+        return [(token, row.finish or self._finish(row, token)) for row, token in zip(rows, self._choose(rows, logits).tolist(), strict=True)]
+
+    def _finish(self, row: _Row, token: int) -> str:
+        if token in self.eos:
+            return "eos"
+        if len(row.said) + 1 == self.decoding.max_new_tokens:
+            return "length"
+        return "decided" if self.decided and self.decided(self.text([*row.said, token])) else ""
 
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
         if self.decoding.temperature == 0:
@@ -165,5 +170,6 @@ class _Pool:
             return
         chosen = torch.tensor(keep, device=self.mask.device)
         self.mask = self.mask[chosen]
-        self.cache.batch_select_indices(chosen)  # type: ignore[union-attr]
+        for layer in self.cache.layers:  # type: ignore[union-attr]
+            layer.batch_select_indices(chosen.to(layer.keys.device))  # type: ignore[union-attr]
         self.plan = take_plan(self.plan, chosen)

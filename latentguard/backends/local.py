@@ -5,6 +5,7 @@ a cell that first acts at layer l starts from the clean states entering it; the 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
@@ -18,21 +19,23 @@ from latentguard import families
 from latentguard.backends import Acting, Backend, Decoding, Reply, as_grid
 from latentguard.backends.batches import lengthwise, make_batch, shared_prefix
 from latentguard.backends.decoding import Decoder
-from latentguard.backends.memory import Budget, blank_states, shortage
+from latentguard.backends.memory import Budget, blank_states, release, shortage
 from latentguard.backends.passes import Passes, nnsight
 from latentguard.backends.prefill import Prefill
+from latentguard.backends.texts import Texts, ends, places
 from latentguard.directions import Activations, Moments
 from latentguard.errors import InputError
 from latentguard.interventions import Grid
 from latentguard.layers import Layers, resolve_layers
 from latentguard.positions import Position, Rendered, parse_position
 from latentguard.prompts import Prompt, as_prompts, digest
+from latentguard.ranks import ALONE, Alone
 from latentguard.templates import Template
 
 _WINDOW = 4096  # prompts that are rendered, and sorted by length, at a time where only moments are kept
 
 
-class Local(Backend):
+class Local(Texts, Backend):
     """A transformers model in this process.
 
     Args:
@@ -41,29 +44,31 @@ class Local(Backend):
             halved where memory runs out.
         weights: a hash of the weights, for the store and for directions' cards.
         reuse: start cells from clean states and run shared text once (off only in tests).
+        team: the processes that the model lies on (tensor parallel); `loading.load` makes the model on all of them.
     """
+
+    number = 0  # by which the other ranks know the model
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str, weights: str = "", template: str = "chat", system: str | None = None,
-        batch_size: int | str = "auto", reuse: bool = True,
+        batch_size: int | str = "auto", reuse: bool = True, team: Alone = ALONE,
     ) -> None:  # fmt: skip
         if batch_size != "auto" and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
             raise InputError(f"batch_size={batch_size!r}: choose auto, or a number of rows, 1 or more")
         self.template = Template(tokenizer, template, system)  # type: ignore[arg-type]
-        self.hf, self.tokenizer, self.name, self.weights = model.eval(), tokenizer, name, weights
-        self.reuse, self.passes = reuse, Passes(model, tokenizer)
+        self.tokenizer, self.name, self.weights = tokenizer, name, weights
+        self.reuse, self.team, self.passes = reuse, team, Passes(model.eval(), tokenizer, team)
         self.model, self.blocks = self.passes.tree, self.passes.blocks
         self.batch_size = batch_size
         self.n_layers, self.d_model = families.n_layers(model.config), families.text_config(model.config).hidden_size
         self.window = families.sliding_window(model.config)
         self.limit = getattr(families.text_config(model.config), "max_position_embeddings", None)
-        self.device = next(model.parameters()).device
-        eos = getattr(model.generation_config, "eos_token_id", None)
+        self.device = self.passes.device
         if any(not hasattr(layer, "keys") for layer in DynamicCache(config=model.config).layers):
             raise InputError(
                 f"{type(model).__name__} has layers without attention keys (linear attention, state space); latentguard reads attention models only"
             )
-        self.eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        self.eos = ends(model.generation_config, tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     def key(self) -> dict:
@@ -72,26 +77,21 @@ class Local(Backend):
             "weights": self.weights or self.name,
             "template": digest(self.template.source),
             "config": digest(
-                {key: value for key, value in self.hf.config.to_diff_dict().items() if key != "_name_or_path"}
+                {key: value for key, value in self.passes.hf.config.to_diff_dict().items() if key != "_name_or_path"}
             ),  # rope, norms, windows, quantisation
             "eos": sorted(self.eos),
-            "dtype": str(self.hf.dtype),
-            "attention": self.hf.config._attn_implementation,
+            "dtype": str(self.passes.hf.dtype),
+            "attention": self.passes.hf.config._attn_implementation,
             "device": self.device.type,
+            **({"ranks": self.team.size} if self.team.size > 1 else {}),  # each adds up its share, and the sums of shares round otherwise
             "versions": [torch.__version__, transformers.__version__, nnsight.__version__],
         }
 
-    def render(self, prompts: object) -> list[Rendered]:
-        """The prompts as text, token ids, offsets and instruction span."""
-        rendered = [self.template.render(prompt) for prompt in as_prompts(prompts)]
-        for item in rendered:
-            if self.limit and len(item) > self.limit:
-                raise InputError(f"prompt {item.prompt_id}: {len(item)} tokens, but {self.name} takes at most {self.limit}; shorten it")
-        return rendered
-
-    def first_token(self, text: str) -> int:
-        """Id of the first token of `text`."""
-        return self.tokenizer.encode(text, add_special_tokens=False)[0]
+    @property
+    def hf(self) -> Any:
+        """The transformers model; refused where only the methods below reach all of it."""
+        self.team.guard()
+        return self.passes.hf
 
     @property
     def batch_size(self) -> int | str:
@@ -106,14 +106,38 @@ class Local(Backend):
     def budget(self) -> Budget:
         """What goes into one forward pass; measured when first asked for."""
         if self._budget is None:
-            self._budget = Budget.of(self.hf, None if self._batch_size == "auto" else int(self._batch_size))
+            self._budget = Budget.of(self.passes.hf, None if self._batch_size == "auto" else int(self._batch_size), self.team.size)
         return self._budget
+
+    def _asking(self, what: str, *args: Any) -> AbstractContextManager[object]:
+        """While open, the other ranks follow a method, in batches as large as here."""
+        return self.team.asking(self.number, what, self.budget, *args)
+
+    def follow(self, what: str, budget: Budget, *args: Any) -> None:
+        """What rank 0 asks of a method, done beside it; what comes of it is rank 0's."""
+        self._budget = self.budget.set(budget) if self._budget else budget
+        if what == "logits":
+            listed, grid, position = args
+            self.logits(listed, grid, position=position, reduce=lambda *_: None)
+        else:
+            for _ in getattr(self, what)(*args):
+                pass
+
+    def _halved(self, left: set, elsewhere: bool) -> set:
+        """After memory ran out, here or elsewhere: what rank 0 still lacks, in batches of half the rows."""
+        if self.team.follows:
+            release()
+        else:
+            self.budget.shrink(elsewhere)
+        left, budget = self.team.same(lambda: (left, self.budget))
+        self.budget.set(budget)
+        return left
 
     def read(self, prompts: object, layers: Layers = "all", positions: Sequence[str] = ("t_inst",)) -> Activations:
         """States at named positions; the mean is taken where a position is a mean. What half of the memory does not hold lies
         in an unnamed file mapped into it.
         """
-        listed, wanted, parsed = as_prompts(prompts), resolve_layers(layers, self.n_layers), _places(positions)
+        listed, wanted, parsed = as_prompts(prompts), resolve_layers(layers, self.n_layers), places(positions)
         values, bar = blank_states(len(listed), len(wanted), len(parsed), self.d_model), self._bar("read", len(listed))
         for rows, states in self._states(listed, wanted, parsed):
             values[rows] = states
@@ -123,7 +147,7 @@ class Local(Backend):
 
     def moments(self, prompts: Iterable[object], layers: Layers = "all", positions: Sequence[str] = ("t_inst",), covariance: bool = False) -> Moments:
         """Mean (and covariance) of states over prompts, added up as they are read: the memory does not grow with the prompts."""
-        wanted, parsed = resolve_layers(layers, self.n_layers), _places(positions)
+        wanted, parsed = resolve_layers(layers, self.n_layers), places(positions)
         source = iter(as_prompts(prompts) if isinstance(prompts, Sequence | Mapping | Prompt) else prompts)
         found = Moments.none(wanted, tuple(place.name for place in parsed), self.d_model, covariance, self.name, self.weights, self.n_layers)
         bar = self._bar("moments", len(prompts) if isinstance(prompts, Sequence) else None)
@@ -136,13 +160,19 @@ class Local(Backend):
 
     def _states(self, listed: list[Prompt], wanted: tuple[int, ...], parsed: list[Position]) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of prompts, by index, and their states [prompt, layer, position, d_model]; each prompt once, whatever fails to fit."""
+        with self._asking("_states", listed, wanted, parsed) as question:
+            for rows, states in self._read(listed, wanted, parsed):
+                yield rows, states
+                self.team.resume(question)
+
+    def _read(self, listed: list[Prompt], wanted: tuple[int, ...], parsed: list[Position]) -> Iterator[tuple[list[int], Tensor]]:
         rendered = self.render(listed)
         tokens = [[place.tokens(item) for place in parsed] for item in rendered]  # every position is found before anything runs
         cut = min((shared_prefix(rendered), *(t for places in tokens for at in places for t in at))) if listed else 0
         left, prefix = set(range(len(listed))), None
         while left:
             todo = sorted(left)
-            with shortage() as short:
+            with shortage(self.team) as short:
                 for rows in [[todo[r] for r in part] for part in lengthwise([len(rendered[i]) - cut for i in todo], self.budget.most, self.budget.a_pass)]:
                     chunk = [rendered[i] for i in rows]
                     batch = make_batch([listed[i] for i in rows], chunk, self.pad, self.device, cut if self.shares(chunk) else 0)
@@ -152,7 +182,7 @@ class Local(Backend):
                     yield rows, self._read_batch(batch, prefix if batch.prefix else None, wanted, [tokens[i] for i in rows])
                     left.difference_update(rows)
             if short:
-                self.budget.shrink()
+                left, prefix = self._halved(left, short[0]), None
 
     def _read_batch(self, batch: Any, prefix: DynamicCache | None, wanted: tuple[int, ...], tokens: list[list[list[int]]]) -> Tensor:
         spots = [(r, batch.column(r, t), r * len(places) + p) for r, places in enumerate(tokens) for p, at in enumerate(places) for t in at]
@@ -184,14 +214,20 @@ class Local(Backend):
         self, prompts: object, interventions: Acting = (), *, position: str = "t_post_inst", reduce: Callable[[int, Tensor], object] | None = None
     ) -> list:  # fmt: skip
         """Next-token log-probabilities (float32) at a position."""
-        listed, grid, place = as_prompts(prompts), as_grid(interventions), parse_position(position)
+        listed, grid = as_prompts(prompts), as_grid(interventions)
+        with self._asking("logits", listed, grid, position):
+            found = self._scored(listed, grid, parse_position(position), reduce)
+        return found if isinstance(interventions, Grid) else found[0]
+
+    def _scored(self, listed: list[Prompt], grid: Grid, place: Position, reduce: Callable[[int, Tensor], object] | None) -> list[list]:
         rendered = self.render(listed)
         tokens = [place.tokens(item) for item in rendered]
+        getattr(reduce, "prepare", lambda _: None)(range(len(listed)))
         found: list[list] = [[None] * len(listed) for _ in grid]
         todo = {(c, i) for c in range(len(grid)) for i in range(len(listed))}
         bar = self._bar("score", len(todo))
         while todo:
-            with shortage() as short:
+            with shortage(self.team) as short:
                 for unit in self._prefill(listed, rendered, grid, [at[0] for at in tokens]).units(todo):
                     start = unit.batch.width - unit.logits.shape[1]
                     for (c, i), r, logits in zip(unit.pairs, unit.at, unit.logits, strict=True):
@@ -201,24 +237,28 @@ class Local(Backend):
                     bar.update(len(unit.pairs))
                     del unit, logits, logprobs
             if short:
-                self.budget.shrink()
+                todo = self._halved(todo, short[0])
         bar.close()
-        return found if isinstance(interventions, Grid) else found[0]
+        return found
 
     def stream(
         self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None
     ) -> Iterator[tuple[int, int, Reply]]:  # fmt: skip
         """Replies, each as soon as it is finished."""
+        with self._asking("stream", prompts, grid, decoding) as question:
+            for reply in self._replies(prompts, grid, decoding, decided):
+                yield reply
+                self.team.resume(question)
+
+    def _replies(
+        self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None
+    ) -> Iterator[tuple[int, int, Reply]]:  # fmt: skip
         rendered = self.render(prompts)
-        longest = max(map(len, rendered), default=0)
-        if self.limit and longest + decoding.max_new_tokens > self.limit:
-            raise InputError(
-                f"max_new_tokens={decoding.max_new_tokens} after a prompt of {longest} tokens: {self.name} takes {self.limit} in all; ask for fewer"
-            )
+        self._room(rendered, decoding)
         todo = {(c, i) for c in range(len(grid)) for i in range(len(prompts))}
         bar = self._bar("generate", len(todo))
         while todo:
-            with shortage() as short:
+            with shortage(self.team) as short:
                 units = self._prefill(prompts, rendered, grid, [len(item) - 1 for item in rendered], decoding.max_new_tokens).units(set(todo))
                 decoder = Decoder(self.passes, self.budget, grid, prompts, decoding, self._text, self.eos, decided)
                 for c, i, reply in decoder.replies(units):
@@ -227,7 +267,7 @@ class Local(Backend):
                     yield c, i, reply
             if short:
                 del units, decoder
-                self.budget.shrink()
+                todo = self._halved(todo, short[0])
         bar.close()
 
     def _prefill(self, prompts: list[Prompt], rendered: list[Rendered], grid: Grid, first: list[int], ahead: int = 0) -> Prefill:
@@ -238,14 +278,5 @@ class Local(Backend):
                     parse_position(act.positions).tokens(item)
         return Prefill(self.passes, self.budget, prompts, rendered, grid, first, lambda chunk: self._within(chunk, ahead), self.pad, self.device)
 
-    def _text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
     def _bar(self, what: str, total: int | None) -> tqdm:
-        return tqdm(total=total, desc=f"{what} · {self.name}", unit="prompt", disable=None, leave=False, delay=2)
-
-
-def _places(positions: Sequence[str]) -> list[Position]:
-    if not positions:
-        raise InputError("positions=[]: name at least one place to read, such as t_inst")
-    return [parse_position(position, reading=True) for position in ([positions] if isinstance(positions, str) else positions)]
+        return tqdm(total=total, desc=f"{what} · {self.name}", unit="prompt", disable=self.team.follows or None, leave=False, delay=2)

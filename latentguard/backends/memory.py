@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from latentguard import families
 from latentguard.caches import cache_dir
 from latentguard.errors import InputError
+from latentguard.ranks import ALONE, Alone, ElsewhereError
 
 log = logging.getLogger(__name__)
 _CPU_ROWS, _GPU_ROWS = 192, 512  # rows that decode together: more do not get cheaper
@@ -51,22 +53,34 @@ class Budget:
     held: int = 0
 
     @classmethod
-    def of(cls, model: Any, batch_size: int | None) -> "Budget":
-        """Rows as given, or what the model's shapes and half of the free memory allow."""
+    def of(cls, model: Any, batch_size: int | None, ranks: int = 1) -> "Budget":
+        """Rows as given, or what the model's shapes and half of the free memory allow: that of the device which would be full first.
+
+        Args:
+            ranks: processes that share the model, and on a CPU the memory.
+        """
         if batch_size is not None:
             return cls(batch_size)
-        config, device = families.text_config(model.config), next(model.parameters()).device
+        config, depth = families.text_config(model.config), families.n_layers(model.config)
         wide, heads = config.hidden_size, config.num_attention_heads
-        keys = 2 * families.n_layers(config) * (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or wide // heads)
+        keys = 2 * depth * (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or wide // heads)
         inner = getattr(config, "intermediate_size", None) or 4 * wide
         inner = max(inner) if isinstance(inner, list | tuple) else inner  # one a layer
-        sizes = {"a_token": keys * next(model.parameters()).element_size() + 4 * (16 * wide + 4 * inner), "a_logit": 12 * config.vocab_size}
-        room = free_memory(device) // 2
-        if device.type != "cpu":
+        held, passing, a_logit = keys * next(model.parameters()).element_size() // ranks, 4 * (16 * wide + 4 * inner), 12 * config.vocab_size
+        blocks = Counter(device_of(block) for block in model.get_submodule(families.blocks_path(model)))
+        rooms = [(free_memory(device) // (2 * ranks if device.type == "cpu" else 2), device, n) for device, n in blocks.items()]
+        room, _, share = min(rooms, key=lambda item: item[0] / (held * item[2] / depth + passing))
+        sizes = {"a_token": held * share // depth + passing, "a_logit": a_logit}
+        if any(device.type != "cpu" for device in blocks):
             return cls(_GPU_ROWS, _GPU_TOKENS, room, a_pass=512, **sizes)
         weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         tokens = min(8192, max(512, int(_CPU_WORK / weights)))
         return cls(_CPU_ROWS, tokens, room, a_pass=max(48, tokens // 16), **sizes)
+
+    def set(self, other: "Budget") -> "Budget":
+        """To another's numbers; whoever holds this one sees them."""
+        vars(self).update(vars(other))
+        return self
 
     def most(self, tokens: int, logits: int = 1) -> int:
         """How many rows of so many tokens, the last `logits` with logits, go into one prefill."""
@@ -77,14 +91,24 @@ class Budget:
         """How many rows of `tokens` tokens generate together."""
         return max(1, min(self.rows, self.room // (tokens * self.a_token)))
 
-    def shrink(self) -> None:
-        """After the last pass was too much: half its rows, or an end where there is nothing to halve."""
-        tried, self.held = self.tried + self.held, 0
+    def shrink(self, elsewhere: bool = False) -> None:
+        """After the last pass was too much: half its rows, or an end where there is nothing to halve.
+
+        Args:
+            elsewhere: on another rank, maybe in an earlier pass: then half the rows allowed.
+        """
+        tried, self.held = self.rows if elsewhere else self.tried + self.held, 0
         if tried <= 1 or self.rows == 1:
             raise InputError("out of memory with one prompt in the batch: free memory, or choose a smaller model, dtype, quantization or shorter prompts")
         self.rows = max(1, min(self.rows, tried) // 2)
         log.warning("out of memory with %d rows in a batch: going on with %d", tried, self.rows)
-        _release()
+        release()
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a part of a model computes: accelerate's hooks know better than weights that lie on the CPU or on disk."""
+    told = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if told is None else torch.device(told)
 
 
 def free_memory(device: torch.device) -> int:
@@ -127,18 +151,23 @@ def is_shortage(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def shortage() -> Iterator[list[bool]]:
-    """Out of memory inside is kept from rising, and told in the list: it is empty where all went well."""
+def shortage(team: Alone = ALONE) -> Iterator[list[bool]]:
+    """Out of memory inside, on any rank, is kept from rising and told in the list, which is empty where all went well: whether it ran
+    out on another rank.
+    """
     short: list[bool] = []
     try:
         yield short
+        team.turn()
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
-        short.append(True)
+        team.ran_short(error)
+        short.append(isinstance(error, ElsewhereError))
 
 
-def _release() -> None:
+def release() -> None:
+    """Give back what is held for nothing."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

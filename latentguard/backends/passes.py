@@ -10,6 +10,7 @@ import anyio.abc
 import anyio.streams.file
 import anyio.streams.tls  # noqa: F401
 import nnsight
+import nnsight.schema.request
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -17,6 +18,8 @@ from transformers import DynamicCache
 from latentguard import families
 from latentguard.backends.attention import grouped
 from latentguard.backends.batches import Batch, Plan
+from latentguard.backends.memory import device_of
+from latentguard.ranks import ALONE, Alone
 
 
 @dataclass
@@ -33,10 +36,14 @@ class Passes:
 
     Args:
         model: any decoder-only `transformers` model; it is left as it was found.
+        team: the processes it lies on; all make the same passes.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.hf = model
+    def __init__(self, model: Any, tokenizer: Any, team: Alone = ALONE) -> None:
+        self.hf, self.team = model, team
+        if team.size > 1:
+            model.register_forward_pre_hook(team.guard)
+        self.device = device_of(model.get_input_embeddings())  # where tokens go; each block finds its own
         self.tree = nnsight.TransformersModel(model, tokenizer=tokenizer)
         self.blocks = self.tree.get(families.blocks_path(model))
         self.n_layers = families.n_layers(model.config)
@@ -61,6 +68,7 @@ class Passes:
         """
         blocks, depth, states, logits = self.blocks, self.n_layers, {}, None
         stop = depth if end is None else end
+        self.team.turn()
         with torch.inference_mode():
             with self.tree.trace(
                 input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
@@ -99,6 +107,7 @@ class Passes:
             if plan:
                 out = self.forward(ids, mask, position, cache, plan).logits
             else:
+                self.team.turn()
                 with torch.inference_mode():
                     out = self.hf(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits
         return out[:, -1]  # type: ignore[index]
@@ -111,6 +120,7 @@ class Passes:
         """
         picked, cut = [], batch.prefix
         cache = None if prefix is None else taken(prefix, torch.zeros(len(batch.prompts), dtype=torch.long, device=batch.ids.device))
+        self.team.turn()
         with torch.inference_mode():
             with self.tree.trace(
                 input_ids=batch.ids[:, cut:], attention_mask=batch.mask, position_ids=batch.position_ids[:, cut:],
@@ -127,10 +137,11 @@ class Passes:
         if self._tuples is None:
             seen: list[bool] = []
             hook = self.blocks[0]._module.register_forward_hook(lambda _module, _inputs, output: seen.append(isinstance(output, tuple)))
+            self.team.turn()
             with torch.inference_mode():
-                self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(self.hf.parameters()).device))
+                self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device))
             hook.remove()
-            self._tuples = seen[0]
+            self._tuples = self.team.same(lambda: seen[0])
         return not self._tuples
 
     def bears_holes(self) -> bool:
@@ -139,16 +150,16 @@ class Passes:
         Token counts are multiples of the kernels' blocks: then even bfloat16 gives the same bits on a CPU where holes do no harm.
         """
         if self._holes is None:
-            device = next(self.hf.parameters()).device
-            ids = torch.arange(1, 33, device=device)[None] * 37 % self.hf.get_input_embeddings().weight.shape[0]
+            ids = torch.arange(1, 33, device=self.device)[None] * 37 % self.hf.get_input_embeddings().weight.shape[0]
             hole, ones = torch.zeros_like(ids), torch.ones_like(ids)
             plain = self._last(ids, ones)
             apart = self._last(torch.cat([ids[:, :16], hole, ids[:, 16:]], 1), torch.cat([ones[:, :16], hole, ones[:, 16:]], 1))
             allowed = 1e-3 if self.hf.dtype in (torch.float32, torch.float64) else 0.05
-            self._holes = bool((apart - plain).pow(2).mean().sqrt() <= allowed * plain.std())
+            self._holes = self.team.same(lambda: bool((apart - plain).pow(2).mean().sqrt() <= allowed * plain.std()))
         return self._holes
 
     def _last(self, ids: Tensor, mask: Tensor) -> Tensor:
+        self.team.turn()
         with torch.inference_mode():
             return self.hf(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=False).logits[0, -1].float()
 
@@ -171,5 +182,10 @@ def changed(layer: Any, change: Callable[[Tensor], Tensor], length: int | None =
 def taken(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache of some rows of another, in any order and any number of times."""
     new = copy.copy(cache)
-    new.layers = [changed(layer, lambda t: t[rows]) for layer in cache.layers]
+    new.layers = [changed(layer, lambda t: rows_of(t, rows)) for layer in cache.layers]
     return new
+
+
+def rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a tensor that may lie on another device than their numbers: each block's keys lie with the block."""
+    return tensor[rows.to(tensor.device)]

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from latentguard.backends.batches import Batch, first_layer, lengthwise, make_batch, make_plan, shared_prefix, take_plan
 from latentguard.backends.memory import Budget
-from latentguard.backends.passes import Outcome, Passes, changed, taken
+from latentguard.backends.passes import Outcome, Passes, changed, rows_of, taken
 from latentguard.interventions import Grid
 from latentguard.positions import Rendered
 from latentguard.prompts import Prompt
@@ -121,10 +121,10 @@ class Prefill:
         self.budget.tried = len(pairs)
         out = self.passes.forward(
             batch.ids[at, cut:], batch.mask[at], batch.position_ids[at, cut:], cache, take_plan(plan, every, slice(cut, None)),
-            start=start, entering=clean.states[start][at] if clean else None, keep=keep,
+            start=start, entering=rows_of(clean.states[start], at) if clean else None, keep=keep,
         )  # fmt: skip
         for i in range(start):
-            cache.layers[i] = changed(clean.cache.layers[i], lambda t: t[at])  # type: ignore[union-attr]
+            cache.layers[i] = changed(clean.cache.layers[i], lambda t: rows_of(t, at))  # type: ignore[union-attr]
         return Unit(pairs, at.tolist(), batch, batch.mask[at], out.logits, cache)  # type: ignore[arg-type]
 
     def _prefixes(self, batch: Batch, group: tuple[int, ...], clean: Outcome | None, start: int) -> DynamicCache:
