@@ -5,6 +5,7 @@ Imports nothing heavy: `--help` and a mistyped option are answered without torch
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -92,21 +93,29 @@ def run(cfg: DictConfig) -> Any:
     experiment = _build(cfg.exp, "exp")
     judge = _build(cfg.judge, "judge")
 
-    from latentguard.backends.loading import depth, resident
+    from latentguard.backends.loading import check_torchrun, depth, resident
     from latentguard.backends.memory import peak_memory
+    from latentguard.backends.simulated import simulated
+    from latentguard.backends.skeleton import Remote, remote
     from latentguard.datasets import load_dataset, make_data_spec
     from latentguard.store import Stored
 
     _check(plain)
     data = load_dataset(make_data_spec(plain["data"]))
     experiment.check(depth(spec), data)
+    if plain["backend"]["name"] == "local":
+        check_torchrun(spec)
     _seed(cfg.seed)
     if spec.card:
         log.info("%s: %s", spec.name, spec.card)
-    if spec.tiny is None:
+    there = remote(spec, Remote.of(plain["backend"])) if plain["backend"]["name"] == "ndif" else None
+    if there is None and spec.tiny is None:
         locate(spec)  # fetched, or refused, before a tracker opens a run
     with _tracker(plain, choices, folder, hydra_cfg, spec.name) as tracker:
-        backend = resident(spec, batch_size=plain["backend"]["batch_size"])
+        backend = there or resident(spec, batch_size=plain["backend"]["batch_size"])
+        if plain["backend"].get("simulate_remote"):
+            backend = simulated(backend)  # type: ignore[arg-type]
+        usage = getattr(getattr(backend, "host", None), "usage", None)
         if plain["backend"]["store"]:
             backend = Stored(backend, limit_bytes=int(plain["backend"]["store_gb"] * 1e9))
         log.info(
@@ -124,6 +133,7 @@ def run(cfg: DictConfig) -> Any:
         tracker.write_json("environment.json", environment)
         summary = experiment(backend, data, judge, tracker)
         tracker.write_json("environment.json", {**environment, "peak_memory_bytes": peak_memory()})
+        summary = {**summary, "remote": usage.numbers()} if usage else summary
         tracker.summary({**summary, "seconds": round(time.monotonic() - started, 1)})
     log.info("\n%s\nLook at %s", summary["claim"], shown(folder / "figures"))
     return summary.get("objective")
@@ -158,15 +168,24 @@ def _check_words(words: list[str]) -> None:
 
 def _check(plain: dict) -> None:
     """The few settings that no spec or experiment checks."""
-    size, store, name, seed = plain["backend"]["batch_size"], plain["backend"]["store"], plain["backend"]["name"], plain["seed"]
+    from latentguard.backends.skeleton import Remote
+
+    backend, seed = plain["backend"], plain["seed"]
+    if (kind := "ndif" if "host" in backend else "local") != backend["name"]:
+        raise InputError(
+            f"backend.name={backend['name']!r} beside the settings of {kind}: choose a whole backend, {' or '.join(f'backend={one}' for one in options('backend'))}"
+        )
+    if kind == "ndif":
+        Remote.of(backend)
+    size, store = backend["batch_size"], backend["store"]
     if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise InputError(f"backend.batch_size={size!r}: choose auto, or a number of rows, 1 or more")
+    if not isinstance(simulate := backend.get("simulate_remote", False), bool):
+        raise InputError(f"backend.simulate_remote={simulate!r}: choose true or false")
     if not isinstance(store, bool):
         raise InputError(f"backend.store={store!r}: choose true or false")
-    if isinstance(cap := plain["backend"]["store_gb"], bool) or not isinstance(cap, int | float) or not cap > 0:
+    if isinstance(cap := backend["store_gb"], bool) or not isinstance(cap, int | float) or not cap > 0:
         raise InputError(f"backend.store_gb={cap!r}: give a number of gigabytes above 0, or backend.store=false")
-    if name != "local":
-        raise InputError(f"backend.name={name!r}: only local is there")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError(f"seed={seed!r}: give an int from 0 to {2**32 - 1}")
     tracker = plain.get("tracker") or {}
@@ -232,7 +251,19 @@ def _environment() -> dict:
 
 
 def main() -> None:
-    """`python -m latentguard.run` and the console script `latentguard`."""
+    """`python -m latentguard.run` and the console script `latentguard`; of several processes of torchrun the first runs it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from latentguard.ranks import count, led
+
+        if count() > 1:
+            from latentguard.backends.loading import beside
+
+            return led(command, beside)
+    command()
+
+
+def command() -> None:
+    """What the words on the command line ask for."""
     if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own help reads every option of every group, and takes over a second
         groups = "\n".join(f"  {group}: {', '.join(options(group))}" for group in GROUPS)
         print(HELP.format(groups=groups, launchers=", ".join(("basic", *options("hydra/launcher")))))

@@ -28,12 +28,14 @@ LEVELS = {
         "plots",
         "trackers",
         "errors",
+        "fingerprints",
         "layers",
         "caches",
         "packs",
         "shelf",
         "stock",
         "configs",
+        "ranks",
     },
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
