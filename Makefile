@@ -1,6 +1,7 @@
 # `make demo` and `make test` each set up .venv with pip alone and run; nothing else is needed but Python 3.11+ and make.
 PYTHON ?= python3
 PY := .venv/bin/python
+NDIF := .venv-ndif/bin/python
 # Threads that wait give way, and freed memory is kept for the next forward pass: about a tenth less time on two cores.
 export OMP_WAIT_POLICY ?= passive
 export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
@@ -23,12 +24,25 @@ test: .venv/ready  ## all tests, the real model's too
 test-fast: .venv/ready  ## seconds: random weights only
 	$(PY) -m pytest -q -m "not real and not slow"
 
-test-system:  ## what needs Debian's packages (Redis, Chromium): nothing yet
-	@echo "test-system: no test needs system packages yet"
+.venv-ndif/ready: tests/loopback/requirements.txt tests/loopback/constraints.txt
+	test -x $(NDIF) || $(PYTHON) -m venv .venv-ndif
+	$(NDIF) -m pip install --quiet --disable-pip-version-check -c tests/loopback/constraints.txt torch
+	$(NDIF) -m pip install --quiet --disable-pip-version-check -c tests/loopback/constraints.txt -r tests/loopback/requirements.txt
+	$(NDIF) -m pip install --quiet --disable-pip-version-check --ignore-requires-python --no-deps ndif==0.1.2
+	touch .venv-ndif/ready
+
+.PHONY: redis
+redis:
+	@command -v redis-server > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null; } || \
+	  { echo "make test-system needs redis-server on PATH: install it with your package manager (Debian: sudo apt-get install redis-server)."; exit 1; }
+	@command -v redis-server > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server; }
+
+test-system: redis .venv/ready .venv-ndif/ready  ## what needs a system package: the studies on NDIF's own server, on loopback
+	LATENTGUARD_NDIF_PYTHON=$(CURDIR)/$(NDIF) $(PY) -m pytest -q -m ndif
 
 check: .venv/ready  ## style and types
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/pyright
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-ndif

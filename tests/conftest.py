@@ -18,6 +18,7 @@ import pytest
 from latentguard.backends.local import Local
 from latentguard.backends.tiny import tiny_model, tiny_tokenizer
 from latentguard.prompts import Prompt
+from tests.loopback.fixtures import ndif_python, ndif_server, tiny_folder  # noqa: F401
 
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / "shared"
