@@ -57,7 +57,7 @@ class ModelSpec:
     device_map: str | dict[str, Any] | None = None
     tensor_parallel: bool | int = False
     quantization: dict[str, Any] | None = None
-    attention: str = "sdpa"
+    attention: str | None = None
     template: Literal["chat", "paper", "plain"] = "chat"
     system: str | None = None
     trust_remote_code: bool = False

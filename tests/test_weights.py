@@ -57,6 +57,14 @@ def weights_dtype():
     return dtype_of("auto")
 
 
+@pytest.mark.parametrize(("family", "attention"), [("qwen2", "sdpa"), ("gemma2", "eager")])
+def test_attention_is_what_the_architecture_has(tmp_path, family, attention):
+    """Gemma 2 has no sdpa in transformers, and asked for it does not load."""
+    tiny_model(family).save_pretrained(tmp_path / family)
+    tiny_tokenizer().save_pretrained(tmp_path / family)
+    assert load(spec_of(str(tmp_path / family))).key()["attention"] == attention
+
+
 def test_another_id_is_another_model(folder):
     chosen = option("model", "qwen2_5_coder_0_5b_q4")
     spec = with_settings(chosen, {**chosen, "id": str(folder), "dtype": "float32"})
