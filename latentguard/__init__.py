@@ -16,10 +16,11 @@ _HOME = {
     "LatentGuard": "detectors", "export_gguf": "exchange", "from_steering_vector": "exchange", "import_direction": "exchange",
     "load_tensors": "tensorfiles", "steering_grid": "interventions", "to_steering_vector": "exchange",
 }  # fmt: skip
-__all__ = [*_HOME, "load"]
+__all__ = [*_HOME, "load", "load_remote"]
 
 if TYPE_CHECKING:
     from latentguard.backends.local import Local
+    from latentguard.backends.ndif import Ndif
 
 move_caches()
 
@@ -34,6 +35,19 @@ def load(model: str, /, *, batch_size: int | str = "auto", **settings: Any) -> "
     from latentguard.weights import spec_of
 
     return load_spec(spec_of(model, **settings), batch_size=batch_size)
+
+
+def load_remote(model: str, /, *, host: str | None = None, **settings: Any) -> "Ndif":
+    """The model of a config name, a folder or a Hub id where an NDIF server holds it; no weights are loaded here (docs/remote.md).
+
+    Args:
+        host: by default NDIF_HOST, else https://api.ndif.us, with NDIF_API_KEY.
+        settings: any field of conf/backend/ndif.yaml, such as `batch_size`, `states`, `patience`.
+    """
+    from latentguard.backends.skeleton import Remote, remote
+    from latentguard.weights import spec_of
+
+    return remote(spec_of(model), Remote.of({"host": host, **settings}))
 
 
 def __getattr__(name: str) -> Any:

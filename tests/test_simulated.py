@@ -225,6 +225,7 @@ def test_a_function_is_known_by_all_it_refers_to():
 
 def test_a_payload_holds_no_weights(tiny):
     far = simulated(tiny)
+    assert 0 < len(far.host.probe()) < 20_000
     packed = parcel(far.tree, far.places, partial(served.read, wanted=[1], dtype="float32"), [])
     raw = zstandard.ZstdDecompressor().decompress(packed)
     weight = tiny.hf.get_input_embeddings().weight

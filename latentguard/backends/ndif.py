@@ -67,14 +67,16 @@ class Ndif(Texts, Backend):
     Args:
         host: the server, and the name it knows the model by.
         tree: an nnsight model of the same architecture without weights.
+        held_in: the type of its weights there.
     """
 
     def __init__(
         self, host: Host, tree: Any, tokenizer: Any, generation_config: Any, *, name: str, template: Template, sizes: Sizes | None = None,
+        held_in: str = "",
     ) -> None:  # fmt: skip
         module, config = tree._module, tree._module.config
         self.host, self.tree, self.tokenizer, self.name, self.sizes = host, tree, tokenizer, name, sizes or Sizes()
-        self.template = template
+        self.template, self.held_in = template, held_in
         self.n_layers, self.d_model = families.n_layers(config), families.text_config(config).hidden_size
         self.limit = getattr(families.text_config(config), "max_position_embeddings", None)
         self.vocab = families.text_config(config).vocab_size
@@ -94,7 +96,8 @@ class Ndif(Texts, Backend):
             "model_key": self.host.model_key,
             "template": digest(self.template.source),
             "eos": sorted(self.eos),
-            "dtype": self.sizes.dtype,
+            "dtype": self.held_in,
+            "states": self.sizes.dtype,
             "versions": [torch.__version__, transformers.__version__, nnsight.__version__],
         }
 

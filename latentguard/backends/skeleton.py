@@ -81,14 +81,14 @@ def remote(spec: ModelSpec, settings: Remote | None = None) -> Ndif:
     notes = cache_dir("ndif", digest([address(url), model_key])[:16])
     server = Host(url, model_key, key, notes, patience=said.patience, on_stall=said.on_stall, sandboxed=said.sandboxed)
     server.line.greet()
-    check_hosted(server, str(repo))
+    dtype = check_hosted(server, str(repo))
     with readable(spec):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         tree = nnsight.TransformersModel(str(folder), task="text-generation", tokenizer=tokenizer, config=config, trust_remote_code=spec.trust_remote_code)
         habits = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else GenerationConfig.from_model_config(config)
     sizes = Sizes(said.batch_size, said.batches, said.job_mb, said.ahead, said.states)
-    return Ndif(server, tree, tokenizer, habits, name=spec.name, template=Template(tokenizer, spec.template, spec.system), sizes=sizes)
+    return Ndif(server, tree, tokenizer, habits, name=spec.name, template=Template(tokenizer, spec.template, spec.system), sizes=sizes, held_in=dtype)
 
 
 def hosted(host: Host) -> list[dict]:
@@ -102,16 +102,18 @@ def hosted(host: Host) -> list[dict]:
     return [{"model_key": name, **told} for name, told in listed if isinstance(told, dict)]
 
 
-def check_hosted(host: Host, repo: str) -> None:
-    """Refuse a model that the server does not hold, with those it does and the nearest name.
+def check_hosted(host: Host, repo: str) -> str:
+    """The type a server holds a model's weights in, '' where it does not say. Refuse one that it does not hold, with those it does and the
+    nearest name.
 
     Raises:
         InputError: in one sentence. A server that does not tell what it holds is believed.
     """
     held = hosted(host)
     mine = [one for one in held if one["model_key"] == host.model_key]
+    dtype = next((str(one["dtype"]) for one in mine if one.get("dtype")), "")
     if not held or any(one.get("application_state", "RUNNING") == "RUNNING" for one in mine):
-        return
+        return dtype
     same = [one for one in held if _name(one).lower() == repo.lower()]
     cold = [one for one in same if one.get("deployment_level") == "COLD" and _name(one) == repo]
     up = [one for one in same if one.get("deployment_level") != "COLD"]
@@ -122,6 +124,7 @@ def check_hosted(host: Host, repo: str) -> None:
         raise InputError(f"{host.url} holds {repo}, but {_difference(host.model_key, (up or same)[0])}")
     else:
         raise InputError(f"{host.url} does not hold {repo}; {_others(host.url, repo, held)}")
+    return dtype
 
 
 def _name(one: dict) -> str:
