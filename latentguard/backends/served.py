@@ -94,7 +94,8 @@ def sums(tree: Any, places: list, wanted: list, covariance: bool, tasks: list) -
         total += shifted.sum(1)
         if covariance:
             near = shifted.permute(0, 2, 3, 1).float()
-            products = near @ near.transpose(-1, -2) + (0 if products is None else products)
+            with torch.autocast(near.device.type, enabled=False):  # NDIF runs blocks under the model's own type, and products would have it
+                products = near @ near.transpose(-1, -2) + (0 if products is None else products)
         n += found.shape[1]
     return {"n": n, "origin": origin.cpu(), "sum": total.cpu(), "products": products.cpu() if covariance else None}
 
