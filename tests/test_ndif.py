@@ -120,7 +120,7 @@ def test_reductions_are_made_on_the_server(here, there, tiny_folder):
     """What comes back of scores does not grow with the vocabulary, and no clean run travels."""
     from latentguard.behaviour import CleanRun, Damage
 
-    far, grid = there(tiny_folder, batch_size=32), every_kind(here)
+    far, grid = there(tiny_folder, batch_size=32, batches=16), every_kind(here)
     far.logits(PROMPTS, grid, position="user", reduce=Damage(CleanRun(far, PROMPTS, "user")))
     assert far.host.usage.jobs == 1 and far.host.usage.bytes_down < len(PROMPTS) * len(grid) * 4 * 16 + 1000
 

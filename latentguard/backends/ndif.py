@@ -48,7 +48,7 @@ class Sizes:
 
     Args:
         batch: rows in one forward pass, at most.
-        batches: batches in one job, at most.
+        batches: forward passes in one job, at most (of a generation, its batches); one batch goes whole whatever it takes.
         megabytes: of one job's result, about, at most.
         ahead: jobs on their way at a time.
         dtype: in which states travel.
@@ -152,7 +152,7 @@ class Ndif(Texts, Backend):
         batches = lengthwise([len(item) for item in rendered], lambda _: most, _A_PASS) if listed else []
         with self._bar("score", len(grid) * len(listed)) as bar:
             about = partial(served.score, function=measure.function, clean=measure.clean)
-            for job, results in self._jobs(batches, small * len(grid), task, about):
+            for job, results in self._jobs(batches, small * len(grid), task, about, lambda rows: -(-len(grid) // max(1, most // rows)) + measure.clean):
                 for rows, batch in zip(job, results, strict=True):
                     answers = iter(batch)
                     for cells in _parts(list(range(len(grid))), max(1, most // len(rows))):
@@ -237,10 +237,10 @@ class Ndif(Texts, Backend):
         yield from self._jobs(batches, a_prompt, task, about)
 
     def _jobs(
-        self, batches: list[list[int]], a_row: int, task: Callable[[list[int]], dict], about: partial
+        self, batches: list[list[int]], a_row: int, task: Callable[[list[int]], dict], about: partial, passes: Callable[[int], int] = lambda _: 1
     ) -> Iterator[tuple[list[list[int]], Any]]:  # fmt: skip
         """Batches of rows as jobs: (the batches of a job, the server's answer), in order. A job too large for the server is halved."""
-        todo = deque(_jobs_of(batches, self.sizes, a_row))
+        todo = deque(_jobs_of(batches, self.sizes, a_row, passes))
         waiting: deque = deque()
         done = 0
         while todo or waiting:
@@ -323,17 +323,17 @@ def _parts(items: list, size: int) -> list[list]:
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 
-def _jobs_of(batches: list[list[int]], sizes: Sizes, a_row: int) -> list[list[list[int]]]:
-    """Batches gathered into jobs within the limits."""
+def _jobs_of(batches: list[list[int]], sizes: Sizes, a_row: int, passes: Callable[[int], int]) -> list[list[list[int]]]:
+    """Batches gathered into jobs within the limits; `passes` is how many forward passes a batch of so many rows takes."""
     jobs: list[list[list[int]]] = []
-    size = 0.0
+    size, runs = 0.0, 0
     for rows in batches:
-        own = len(rows) * a_row
-        if not jobs or len(jobs[-1]) >= sizes.batches or size + own > sizes.megabytes * 1e6:
+        own, more = len(rows) * a_row, passes(len(rows))
+        if not jobs or runs + more > sizes.batches or size + own > sizes.megabytes * 1e6:
             jobs.append([])
-            size = 0.0
+            size, runs = 0.0, 0
         jobs[-1].append(rows)
-        size += own
+        size, runs = size + own, runs + more
     return jobs
 
 
