@@ -114,3 +114,15 @@ def test_public_names():
     assert all(getattr(lg, name) is not None for name in lg.__all__)
     with pytest.raises(AttributeError):
         _ = lg.nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["import latentguard.backends.tracing", "import nnsight"])
+def test_nnsight_breaks_nobody_whoever_imports_it_first(python, first):
+    """Its `.save` on every object keeps modules of anyio from being loaded later, and with them asynchronous clients."""
+    interpreter, env = python
+    code = (
+        f"{first}; import latentguard as lg; lg.load('tiny'); import httpx, anyio.streams.tls; httpx.AsyncClient(); import nnsight; print(hasattr(1, 'save'))"
+    )
+    done = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr

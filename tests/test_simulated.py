@@ -82,6 +82,18 @@ def test_a_vector_is_sent_once_a_batch_and_not_once_a_row():
     assert sizes[1] - sizes[0] < 4 * local.d_model * 0.5
 
 
+def test_a_job_brings_back_no_more_than_it_may(tiny):
+    """Batches are cut too: one prompt's states are 1,920 bytes here."""
+    far, positions = simulated(tiny, Sizes(batch=32, megabytes=0.004)), ("t_inst", "t_post_inst", "mean(user)")
+    assert (far.read(PROMPTS, "all", positions).values - tiny.read(PROMPTS, "all", positions).values).abs().max() < 1e-4
+    assert far.host.usage.jobs == 4
+    grid = every_kind(tiny)
+    patched = Grid((grid.cells[-1],))
+    small = simulated(tiny, Sizes(batch=32, megabytes=0.0006))
+    same_replies(tiny, small, Grid((*patched.cells, *patched.cells)))
+    assert small.host.usage.jobs > len(PROMPTS)
+
+
 def clamp(state, vector, amount):
     unit = vector / vector.norm(dim=-1, keepdim=True)
     along = (state * unit).sum(-1, keepdim=True)

@@ -55,6 +55,9 @@ BELIEVED = {
     "hot": status(QWEN, LLAMA),
     "warm": status(up(model_key("meta/Llama-8B-Instruct"), level="WARM")),
     "a replica is still loading": status(up(model_key("meta/Llama-8B-Instruct"), 0, "DEPLOYING"), up(model_key("meta/Llama-8B-Instruct"), 1)),
+    "an actor's name and nothing else, as a controller just started says": status(
+        {f"r0:ModelActor:{next(iter(LLAMA.values()))['model_key']}": {"application_state": "RUNNING"}}
+    ),
     "nothing": status(),
     "504": error(504, "Timed out waiting for cluster status."),
     "503": error(503, "Could not retrieve cluster status."),

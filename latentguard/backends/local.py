@@ -20,9 +20,10 @@ from latentguard.backends import Acting, Backend, Decoding, Reply, as_grid
 from latentguard.backends.batches import lengthwise, make_batch, shared_prefix
 from latentguard.backends.decoding import Decoder
 from latentguard.backends.memory import Budget, blank_states, release, shortage
-from latentguard.backends.passes import Passes, nnsight
+from latentguard.backends.passes import Passes
 from latentguard.backends.prefill import Prefill
 from latentguard.backends.texts import Texts, ends, places
+from latentguard.backends.tracing import nnsight
 from latentguard.directions import Activations, Moments
 from latentguard.errors import InputError
 from latentguard.interventions import Grid

@@ -24,8 +24,8 @@ from latentguard.backends.batches import Batch, lengthwise, make_batch, make_pla
 from latentguard.backends.jobs import Host, JobError, TooLargeError
 from latentguard.backends.memory import blank_states
 from latentguard.backends.parcels import parcel, sent
-from latentguard.backends.passes import nnsight
 from latentguard.backends.texts import Texts, ends, places
+from latentguard.backends.tracing import nnsight
 from latentguard.directions import Activations, Moments
 from latentguard.errors import InputError
 from latentguard.fingerprints import told
@@ -49,7 +49,7 @@ class Sizes:
     Args:
         batch: rows in one forward pass, at most.
         batches: forward passes in one job, at most (of a generation, its batches); one batch goes whole whatever it takes.
-        megabytes: of one job's result, about, at most.
+        megabytes: of one job's result and of prompts' own vectors (`Patch`), about, at most; one row goes whole whatever it takes.
         ahead: jobs on their way at a time.
         dtype: in which states travel.
     """
@@ -137,7 +137,8 @@ class Ndif(Texts, Backend):
         found: list[list] = [[None] * len(listed) for _ in grid]
         small = 256 if reduce is not None else max(map(len, tokens), default=1) * self.vocab * 4
         heavy = max((len(item) - at[0] for item, at in zip(rendered, tokens, strict=True)), default=1) * self.vocab * 4
-        most = max(1, min(self.sizes.batch, _LOGITS // heavy))
+        small = small * len(grid) + sum(self._own(grid))  # bytes a prompt, back and forth
+        most = min(self._rows(small), max(1, _LOGITS // heavy))
 
         def task(rows: list[int]) -> dict:
             chunk = [rendered[i] for i in rows]
@@ -152,7 +153,7 @@ class Ndif(Texts, Backend):
         batches = lengthwise([len(item) for item in rendered], lambda _: most, _A_PASS) if listed else []
         with self._bar("score", len(grid) * len(listed)) as bar:
             about = partial(served.score, function=measure.function, clean=measure.clean)
-            for job, results in self._jobs(batches, small * len(grid), task, about, lambda rows: -(-len(grid) // max(1, most // rows)) + measure.clean):
+            for job, results in self._jobs(batches, small, task, about, lambda rows: -(-len(grid) // max(1, most // rows)) + measure.clean):
                 for rows, batch in zip(job, results, strict=True):
                     answers = iter(batch)
                     for cells in _parts(list(range(len(grid))), max(1, most // len(rows))):
@@ -191,9 +192,11 @@ class Ndif(Texts, Backend):
             }  # fmt: skip
 
         lengths = [len(rendered[i]) for _, i in pairs]
-        batches = lengthwise(lengths, lambda _: self.sizes.batch, _A_PASS) if pairs else []
+        a_pair = 8 * decoding.max_new_tokens + max(self._own(grid))
+        most = self._rows(a_pair)
+        batches = lengthwise(lengths, lambda _: most, _A_PASS) if pairs else []
         with self._bar("generate", len(pairs)) as bar:
-            for job, results in self._jobs(batches, 8 * decoding.max_new_tokens, task, partial(served.reply, head=self.head, settings=settings)):
+            for job, results in self._jobs(batches, a_pair, task, partial(served.reply, head=self.head, settings=settings)):
                 for rows, said in zip(job, results, strict=True):
                     for k, line in zip(rows, said.tolist(), strict=True):
                         c, i = pairs[k]
@@ -233,8 +236,17 @@ class Ndif(Texts, Backend):
             row, column, target = (torch.tensor(part) for part in zip(*spots, strict=True))
             return {"ids": batch.ids, "mask": batch.mask, "row": row, "column": column, "target": target, "count": len(rows) * len(parsed)}
 
-        batches = lengthwise([len(item) for item in rendered], lambda _: self.sizes.batch, _A_PASS) if listed else []
+        most = self._rows(a_prompt)
+        batches = lengthwise([len(item) for item in rendered], lambda _: most, _A_PASS) if listed else []
         yield from self._jobs(batches, a_prompt, task, about)
+
+    def _rows(self, a_row: float) -> int:
+        """How many rows, of so many bytes each, one batch may have."""
+        return max(1, min(self.sizes.batch, int(self.sizes.megabytes * 1e6 / max(a_row, 1))))
+
+    def _own(self, grid: Grid) -> list[int]:
+        """Of each cell the bytes of vectors that every prompt brings of its own."""
+        return [sum(len(act.layers(self.n_layers)) for act in cell.interventions if act.per_prompt) * self.d_model * 4 for cell in grid]
 
     def _jobs(
         self, batches: list[list[int]], a_row: int, task: Callable[[list[int]], dict], about: partial, passes: Callable[[int], int] = lambda _: 1

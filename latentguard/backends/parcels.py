@@ -15,7 +15,7 @@ from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES  # what nnsight.reg
 from torch import Tensor
 
 from latentguard.backends.batches import Plan
-from latentguard.backends.passes import nnsight
+from latentguard.backends.tracing import nnsight
 from latentguard.errors import InputError
 
 _STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})

@@ -5,12 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import anyio._backends._asyncio  # noqa: F401  (before nnsight: its `object.save` breaks these modules' annotations)
-import anyio.abc
-import anyio.streams.file
-import anyio.streams.tls  # noqa: F401
-import nnsight
-import nnsight.schema.request
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -19,6 +13,7 @@ from latentguard import families
 from latentguard.backends.attention import grouped
 from latentguard.backends.batches import Batch, Plan
 from latentguard.backends.memory import device_of
+from latentguard.backends.tracing import nnsight
 from latentguard.ranks import ALONE, Alone
 
 

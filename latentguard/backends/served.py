@@ -1,7 +1,7 @@
 """What runs where the weights are: plain nnsight traces over padded rows. It travels as source and knows nothing else of ours.
 
-Only modules' outputs are read and written: a block's input is the output of the module before it. Written through `.input`, the
-cache that a block is handed would come back from an NDIF sandbox as a copy, and generation would lose its keys (docs/remote.md).
+Where there is a cache, only modules' outputs are written: a block's input is the output of the module before it. Written through `.input`,
+the cache that a block is handed would come back from an NDIF sandbox as a copy, and generation would lose its keys (docs/remote.md).
 
 Shapes: `ids`, `mask` [row, column]; a plan is {layer: [(change, vector [row, 1, d_model], amount [row, 1, 1], mask [row, column, 1])]}.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from latentguard.backends.passes import nnsight  # with its import cured
+from latentguard.backends.tracing import nnsight
 
 
 def state_of(output: Any) -> Any:
@@ -19,10 +19,11 @@ def state_of(output: Any) -> Any:
 
 
 def entering(tree: Any, places: list, layer: int) -> Any:
-    """The state entering a layer, inside a trace; `places[layer]` is the path of the module that puts it out."""
-    if places[layer] is None:
-        return tree.get(places[1]).input  # the embeddings are no module's output
-    return state_of(tree.get(places[layer]).output)
+    """The state entering a layer, inside a trace without a cache; `places[layer]` is the path of the module that puts it out.
+
+    Layer 0 is block 0's input: the output of embeddings that lie in parts on several cards cannot be read (nnsight 0.8.1, transformers 5.22).
+    """
+    return state_of(tree.get(places[layer]).output) if layer else tree.get(places[1]).input
 
 
 def changed(slots: list, state: Any) -> Any:
@@ -33,10 +34,10 @@ def changed(slots: list, state: Any) -> Any:
     return state
 
 
-def put(tree: Any, places: list, plan: dict) -> None:
-    """Do what a plan says, inside a trace."""
+def put(tree: Any, places: list, plan: dict, cached: bool) -> None:
+    """Do what a plan says, inside a trace; `cached` where blocks are handed a cache."""
     for layer in sorted(plan):
-        if places[layer] is None:
+        if not (layer or cached):
             block = tree.get(places[1])
             block.input = changed(plan[layer], block.input)
         else:
@@ -104,7 +105,7 @@ def logprobs(tree: Any, places: list, plan: dict, ids: Any, mask: Any, keep: int
     """Log-probabilities float32 [row, token, vocab] of the last `keep` columns."""
     with torch.inference_mode():
         with tree.trace(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=False, logits_to_keep=keep):
-            put(tree, places, plan)
+            put(tree, places, plan, False)
             logits = nnsight.save(tree.output.logits)
     return logits.float().log_softmax(-1)
 
@@ -151,12 +152,12 @@ def tokens(tree: Any, places: list, head: str, settings: dict, task: dict) -> An
             with tracer.invoke(input_ids=ids, attention_mask=mask):
                 if going or seeds:
                     for step in tracer.iter[:]:
-                        put(tree, places, going if step else plan)
+                        put(tree, places, going if step else plan, True)
                         if seeds:
                             said = tree.get(head)
                             said.output = noisy(said.output, [row[step] for row in seeds], temperature)
                 else:
-                    put(tree, places, plan)
+                    put(tree, places, plan, True)
             with tracer.invoke():
                 out = nnsight.save(tracer.result)
     return out[:, ids.shape[1] :].cpu()

@@ -18,7 +18,7 @@ from latentguard.backends.jobs import Job, JobError, Usage
 from latentguard.backends.local import Local
 from latentguard.backends.ndif import Ndif, Sizes
 from latentguard.backends.parcels import not_installed
-from latentguard.backends.passes import nnsight
+from latentguard.backends.tracing import nnsight
 
 
 def simulated(local: Local, sizes: Sizes | None = None) -> Ndif:

@@ -16,7 +16,7 @@ from latentguard.backends.connection import PUBLIC
 from latentguard.backends.jobs import Host
 from latentguard.backends.loading import readable
 from latentguard.backends.ndif import Ndif, Sizes
-from latentguard.backends.passes import nnsight
+from latentguard.backends.tracing import nnsight
 from latentguard.caches import cache_dir
 from latentguard.errors import InputError
 from latentguard.prompts import digest
@@ -99,7 +99,7 @@ def hosted(host: Host) -> list[dict]:
     answer = host.line.ask_once("/status", 65.0)
     deployments = answer.get("deployments") if isinstance(answer, dict) else None
     listed = deployments.items() if isinstance(deployments, dict) else ()
-    return [{"model_key": name, **told} for name, told in listed if isinstance(told, dict)]
+    return [{"model_key": name.partition("ModelActor:")[2] or name, **told} for name, told in listed if isinstance(told, dict)]
 
 
 def check_hosted(host: Host, repo: str) -> str:
