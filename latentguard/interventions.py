@@ -3,7 +3,8 @@
 An intervention is a frozen value. In a list they act together, in order; the cells of a `Grid` are apart.
 """
 
-import inspect
+from __future__ import annotations  # as text they travel anywhere; a server has no jaxtyping
+
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,10 +88,9 @@ class Intervention:
         where = [self.layer if isinstance(self.layer, int | float | str) else list(self.layer), self.positions, self.when]
         return [self.kind, *where, self.amount, self._source(), *self._code()]
 
-    def _code(self) -> list[str]:
-        """Of a kind that is not ours its source: with another, it is another."""
-        own = type(self)
-        return [] if own.__module__.partition(".")[0] == "latentguard" else [digest([inspect.getsource(own), told(own.change)])]
+    def _code(self) -> list[object]:
+        """Of a kind that is not ours all that it is made of: with another, it is another."""
+        return [] if type(self).__module__.partition(".")[0] == "latentguard" else [digest([told(type(self)), told(vars(self))])]
 
     def _source(self) -> object:
         return None

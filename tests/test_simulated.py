@@ -1,11 +1,15 @@
 """A backend elsewhere without an elsewhere: what would be sent, unpacked and run here without our modules. Without a server, in seconds."""
 
+import functools
 import sys
 import threading
+import types
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import zstandard
@@ -226,12 +230,71 @@ def test_shipping_leaves_no_trace_in_this_process(tiny):
     assert "tests" in {name.partition(".")[0] for name in not_installed()} and "torch" not in not_installed()
 
 
-def test_a_function_is_known_by_all_it_refers_to():
+def with_factor(factor):
+    def around(function):
+        @functools.wraps(function)
+        def scaled(state, vector, amount):
+            return state + factor * (function(state, vector, amount) - state)
+
+        return scaled
+
+    return around
+
+
+def test_a_decorated_change_travels_with_its_decorator(tiny):
+    @dataclass(frozen=True, eq=False)
+    class Decorated(Add):
+        change = staticmethod(with_factor(-3.0)(clamp))
+
+    act = Decorated(every_kind(tiny).cells[1].interventions[0].direction, layer=1)
+    far = simulated(tiny).logits(PROMPTS, [act])
+    assert max(float((a - b).abs().max()) for a, b in zip(far, tiny.logits(PROMPTS, [act]), strict=True)) < 1e-4
+    assert not torch.allclose(far[0], tiny.logits(PROMPTS)[0], atol=1e-3)
+
+
+class Kept:
+    def __init__(self, k):
+        self.k = k
+
+    def m(self, state, vector, amount):
+        return state + self.k * vector
+
+
+def collisions():
+    """Pairs that differ in something a name does not show."""
+
+    def closed(value):
+        return lambda x: x + value
+
+    first, second = lambda s: s + 1, lambda s: s - 1  # fmt: skip
+    layers = [torch.nn.Linear(3, 3, bias=False) for _ in range(2)]
+    arrays = [np.zeros(2000), np.zeros(2000)]
+    arrays[1][1000] = 1e-12
+    modules = [types.ModuleType("of_a_user"), types.ModuleType("of_a_user")]
+    modules[0].CONST, modules[1].CONST = 1.0, 2.0
+    hidden = [SimpleNamespace(state=torch.zeros(2000)), SimpleNamespace(state=torch.ones(2000))]
+    yield from [(first, second), (closed(layers[0]), closed(layers[1])), (closed(arrays[0]), closed(arrays[1])), (closed(hidden[0]), closed(hidden[1]))]
+    yield Kept(1).m, Kept(2).m
+    yield with_factor(1)(clamp), with_factor(2)(clamp)
+    yield closed(1.0), closed(1.0 + 1e-10)
+    yield tuple(eval("lambda: made.CONST", {"made": module}) for module in modules)
+    yield eval("lambda x: torch.sin(x)", {"torch": torch}), eval("lambda x: torch.cos(x)", {"torch": torch})
+    yield eval("lambda x: (lambda y: y + 1)(x)"), eval("lambda x: (lambda y: y + 2)(x)")
+    yield {"a": [1, 2]}, {"a": (1, 2)}
+
+
+def test_what_differs_is_told_apart():
+    for one, other in collisions():
+        assert told(one) != told(other), (one, other)
+
+
+def test_and_what_is_the_same_is_not():
     def made(k):
         return lambda x: x + k
 
-    assert told(made(1)) == told(made(1)) != told(made(2))
-    assert told(torch.ones(2)) != told(torch.ones(1, 2)) and told(1) != told(True) != told("True")
+    assert told(made(1)) == told(made(1)) and told(Kept(1).m) == told(Kept(1).m) and told(with_factor(2)(clamp)) == told(with_factor(2)(clamp))
+    assert told(torch.ones(2)) != told(torch.ones(1, 2)) and len({str(told(x)) for x in (1, True, "1", 1.0)}) == 4
+    assert told(threading.Lock()) != told(threading.Lock()), "what cannot be told is never taken for another"
     assert told(bare(clamp)) == told(clamp)
 
 

@@ -367,7 +367,8 @@ class Host:
         try:
             yield
         except KeyboardInterrupt:
-            log.warning("stopped: job %s goes on at %s; the same command, or resume=FOLDER, fetches what it makes", job.id, self.url)
+            for one in dict.fromkeys([job.id, *self.going.values()]):
+                log.warning("stopped: job %s goes on at %s; the same command, or resume=FOLDER, fetches what it makes", one, self.url)
             raise
 
 

@@ -3,7 +3,7 @@
 import inspect
 import pickle
 import sys
-import sysconfig
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from torch import Tensor
 from latentguard.backends.batches import Plan
 from latentguard.backends.tracing import nnsight
 from latentguard.errors import InputError
+from latentguard.fingerprints import installed
 
-_STDLIB = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")})
-_KEPT = {"site-packages", "dist-packages"}  # of this environment, of one below it, of the system
+_BEGAN = time.time()
 _THERE = {"torch", "builtins", "numpy", "math", "functools", "transformers", "nnsight", "operator", "itertools"}  # a server has these
 
 
@@ -39,6 +39,7 @@ def parcel(tree: Any, spots: list, about: partial, work: list) -> bytes:
     Raises:
         InputError: for a lock, a file or the like that a function refers to.
     """
+    _unchanged()
     captured = Captured()
     run, settings = about.func, about.keywords
     try:
@@ -66,8 +67,14 @@ def by_value(payload: object) -> Iterator[None]:
 
 def not_installed() -> set[str]:
     """Modules in memory that no package manager put there: a user's own files."""
-    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
-    return {name for name, file in files.items() if name != "__main__" and file and not _KEPT & set(Path(file).parts) and not file.startswith(_STDLIB)}
+    return {name for name in list(sys.modules) if name != "__main__" and not installed(name)}
+
+
+def _unchanged() -> None:
+    """What is sent is read from our files: refuse to send others than those that run here."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "latentguard" and (file := getattr(module, "__file__", None)) and Path(file).stat().st_mtime > _BEGAN:
+            raise InputError(f"{file} was changed while this process runs, so that another version of it would be sent: start the process again")
 
 
 def _modules(value: Any) -> set[str]:
@@ -92,9 +99,14 @@ def _once(vector: Tensor) -> Tensor:
 
 def bare(function: Callable) -> Callable:
     """A function without wrappers and annotations: those name types that a server may not have."""
-    plain = inspect.unwrap(function)
+    plain = inspect.unwrap(function, stop=lambda outer: not _checks_shapes(outer))
     if not inspect.isfunction(plain) or not plain.__annotations__:
         return plain
     bare = types.FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
     bare.__kwdefaults__, bare.__module__, bare.__qualname__ = plain.__kwdefaults__, plain.__module__, plain.__qualname__
     return bare
+
+
+def _checks_shapes(function: Any) -> bool:
+    """Whether a function is what jaxtyping puts around another, under test."""
+    return "jaxtyping" in getattr(getattr(function, "__code__", None), "co_filename", "")

@@ -136,7 +136,8 @@ def whole(values: Any, _clean: Any, _own: Any) -> Any:
 
 def by_index(reduce: Any, values: Any, _clean: Any, own: int) -> Any:
     """What a function of (index, log-probabilities) makes of them."""
-    return reduce(own, values.cpu())
+    made = reduce(own, values.cpu())
+    return made.clone() if isinstance(made, torch.Tensor) else made  # of a view all that it looks at would travel
 
 
 def reply(tree: Any, places: list, head: str, settings: dict, tasks: list) -> list:
