@@ -246,7 +246,7 @@ def test_a_decorated_change_travels_with_its_decorator(tiny):
     class Decorated(Add):
         change = staticmethod(with_factor(-3.0)(clamp))
 
-    act = Decorated(every_kind(tiny).cells[1].interventions[0].direction, layer=1)
+    act = Decorated(every_kind(tiny).cells[1].interventions[0].direction, layer=1, coef=-1.0)
     far = simulated(tiny).logits(PROMPTS, [act])
     assert max(float((a - b).abs().max()) for a, b in zip(far, tiny.logits(PROMPTS, [act]), strict=True)) < 1e-4
     assert not torch.allclose(far[0], tiny.logits(PROMPTS)[0], atol=1e-3)
