@@ -241,11 +241,24 @@ def with_factor(factor):
     return around
 
 
-def test_a_decorated_change_travels_with_its_decorator(tiny):
+@with_factor(2.0)
+def helped(state, vector, amount):
+    return state + vector
+
+
+def test_a_decorated_helper_is_refused():
+    """nnsight would send the source of what the decorator wraps."""
+    with pytest.raises(InputError, match="calls helped, whose decorator would be lost"):
+        bare(lambda state, vector, amount: helped(state, vector, amount))
+
+
+@pytest.mark.parametrize("change", [with_factor(-3.0)(clamp), with_factor(2.0)(with_factor(-3.0)(clamp))], ids=["once", "twice"])
+def test_a_decorated_change_travels_with_its_decorator(tiny, change):
     @dataclass(frozen=True, eq=False)
     class Decorated(Add):
-        change = staticmethod(with_factor(-3.0)(clamp))
+        pass
 
+    Decorated.change = staticmethod(change)
     act = Decorated(every_kind(tiny).cells[1].interventions[0].direction, layer=1, coef=-1.0)
     far = simulated(tiny).logits(PROMPTS, [act])
     assert max(float((a - b).abs().max()) for a, b in zip(far, tiny.logits(PROMPTS, [act]), strict=True)) < 1e-4
@@ -295,7 +308,7 @@ def test_and_what_is_the_same_is_not():
     assert told(made(1)) == told(made(1)) and told(Kept(1).m) == told(Kept(1).m) and told(with_factor(2)(clamp)) == told(with_factor(2)(clamp))
     assert told(torch.ones(2)) != told(torch.ones(1, 2)) and len({str(told(x)) for x in (1, True, "1", 1.0)}) == 4
     assert told(threading.Lock()) != told(threading.Lock()), "what cannot be told is never taken for another"
-    assert told(bare(clamp)) == told(clamp)
+    assert told(bare(clamp)) == told(bare(clamp))
 
 
 def test_a_payload_holds_no_weights(tiny):

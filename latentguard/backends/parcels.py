@@ -97,14 +97,37 @@ def _once(vector: Tensor) -> Tensor:
     return vector[:1].clone() if len(vector) > 1 and bool((vector == vector[:1]).all()) else vector
 
 
-def bare(function: Callable) -> Callable:
-    """A function without wrappers and annotations: those name types that a server may not have."""
-    plain = inspect.unwrap(function, stop=lambda outer: not _checks_shapes(outer))
-    if not inspect.isfunction(plain) or not plain.__annotations__:
+def bare(function: Callable, _seen: frozenset[int] = frozenset()) -> Callable:
+    """A function as it travels: without annotations, which name types that a server may not have, and under its code's own name, for its
+    source is looked up by that: `functools.wraps` would have the source of what it wraps sent in its place.
+
+    Raises:
+        InputError: for a decorated helper, of which the decorator would be lost.
+    """
+    plain: Any = inspect.unwrap(function, stop=lambda outer: not _checks_shapes(outer))
+    if not inspect.isfunction(plain) or id(plain) in _seen or plain.__module__.partition(".")[0] in _THERE:
         return plain
-    bare = types.FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
-    bare.__kwdefaults__, bare.__module__, bare.__qualname__ = plain.__kwdefaults__, plain.__module__, plain.__qualname__
-    return bare
+    seen = _seen | {id(plain)}
+    for name in plain.__code__.co_names:
+        helper = plain.__globals__.get(name)
+        if inspect.isfunction(helper) and not installed(helper.__module__):
+            if hasattr(helper, "__wrapped__") and not _checks_shapes(helper):
+                raise InputError(
+                    f"{plain.__qualname__} calls {name}, whose decorator would be lost on the way to a server: call it undecorated, or decorate change itself"
+                )
+            if id(helper) not in seen:
+                bare(helper, seen)
+    cells = tuple(types.CellType(bare(cell.cell_contents, seen)) if _function_in(cell) else cell for cell in plain.__closure__ or ()) or None
+    made = types.FunctionType(plain.__code__, plain.__globals__, plain.__code__.co_name, plain.__defaults__, cells)
+    made.__kwdefaults__, made.__module__, made.__qualname__ = plain.__kwdefaults__, plain.__module__, plain.__code__.co_qualname
+    return made
+
+
+def _function_in(cell: Any) -> bool:
+    try:
+        return inspect.isfunction(cell.cell_contents)
+    except ValueError:  # not filled
+        return False
 
 
 def _checks_shapes(function: Any) -> bool:
