@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,8 @@ def test_ctrl_c_tells_the_job_and_the_next_run_takes_its_result(ndif_python, tin
         server.kill_worker()  # jobs are taken and wait
         env["NDIF_API_KEY"] = server.key
         command = [sys.executable, "-m", "latentguard.run", *far_words(tiny_folder, "clusters", server.proxy.host), f"hydra.run.dir={tmp_path / 'stopped'}"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO, env=env) as process:
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are started with it ignored
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO, env=env, preexec_fn=heard) as process:
             while ("POST", "/request") not in server.proxy.seen:
                 assert process.poll() is None, process.stderr.read()
             process.send_signal(signal.SIGINT)
