@@ -10,7 +10,7 @@ from latentguard.directions import Activations, Moments
 from latentguard.errors import InputError
 from latentguard.interventions import Cell, Grid, Intervention
 from latentguard.layers import Layers
-from latentguard.prompts import Prompt, as_prompts
+from latentguard.prompts import Prompt, as_prompts, digest
 
 Acting = Sequence[Intervention] | Grid
 
@@ -31,6 +31,10 @@ class Decoding:
             raise InputError(f"max_new_tokens={self.max_new_tokens}: generate at least one token")
         if not self.temperature >= 0:
             raise InputError(f"temperature={self.temperature}: 0 is greedy, more samples")
+
+    def seed_of(self, prompt: Prompt, said: int) -> int:
+        """What the next token is drawn with, of a reply that has `said` tokens: the same wherever it is drawn."""
+        return int(digest([self.seed, prompt.id, said + 1])[:15], 16)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,13 @@ def make_batch(prompts: Sequence[Prompt], rendered: Sequence[Rendered], pad: int
     return Batch(tuple(prompts), tuple(rendered), prefix, ids.to(device), mask.to(device))
 
 
+def spots(batch: Batch, tokens: Sequence[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each prompt's places their tokens: row, column, and which place of all it belongs to."""
+    found = [(r, batch.column(r, t), r * len(places) + p) for r, places in enumerate(tokens) for p, at in enumerate(places) for t in at]
+    row, column, target = (torch.tensor(part) for part in zip(*found, strict=True))
+    return row, column, target
+
+
 def shared_prefix(rendered: Sequence[Rendered]) -> int:
     """How many leading tokens all prompts share, the instructions and each prompt's last token left out."""
     most = min(min(item.user_tokens[0], len(item) - 1) for item in rendered)

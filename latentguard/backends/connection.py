@@ -19,7 +19,7 @@ PUBLIC = "https://api.ndif.us"
 T = TypeVar("T")
 _STRANGER = 20.0  # seconds that an address is given to answer for the first time
 _SAID = 30.0  # seconds of trouble after which the log says so
-_STEP = 130.0  # seconds by which one attempt can use up patience: more, and this machine slept
+STEP = 130.0  # seconds by which one attempt, or one look at a job, can use up patience: more, and this machine slept
 _LOOK = httpx.Timeout(10.0, read=30.0)
 _LONG = httpx.Timeout(10.0, read=120.0, write=120.0)
 
@@ -137,7 +137,7 @@ class Connection:
             except AgainError as error:
                 why, asked = str(error), error.seconds
             wait = max(pause, asked)
-            spent += min(self.clock() - began, _STEP) + wait
+            spent += min(self.clock() - began, STEP) + wait
             borne = self.patience if where in self.known else min(_STRANGER, self.patience)
             if spent > borne:
                 raise InputError(self._silent(where, why, spent - wait, asked))

@@ -13,8 +13,9 @@ from latentguard.backends.batches import Plan, step_plan, take_plan
 from latentguard.backends.memory import Budget
 from latentguard.backends.passes import Passes, taken
 from latentguard.backends.prefill import Pair, Unit
+from latentguard.backends.served import noisy
 from latentguard.interventions import Grid
-from latentguard.prompts import Prompt, digest
+from latentguard.prompts import Prompt
 
 
 @dataclass
@@ -97,9 +98,8 @@ class Decoder:
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
         if self.decoding.temperature == 0:
             return logits.argmax(-1)
-        seeds = [int(digest([self.decoding.seed, self.prompts[row.pair[1]].id, len(row.said) + 1])[:15], 16) for row in rows]
-        noise = torch.stack([torch.rand(logits.shape[-1], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        return (logits.float() / self.decoding.temperature - (-noise.clamp_min(1e-20).log()).log().to(logits.device)).argmax(-1)
+        seeds = [self.decoding.seed_of(self.prompts[row.pair[1]], len(row.said)) for row in rows]
+        return noisy(logits[:, None], seeds, self.decoding.temperature)[:, 0].argmax(-1)
 
 
 class _Pool:

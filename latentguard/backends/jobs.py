@@ -22,13 +22,12 @@ from typing import Literal
 import httpx
 
 from latentguard.backends import answers
-from latentguard.backends.connection import AgainError, Connection, origin
+from latentguard.backends.connection import STEP, AgainError, Connection, origin
 from latentguard.errors import InputError
 
 log = logging.getLogger(__name__)
 OnStall = Literal["stop", "wait", "resubmit"]
 _TRIES = 3  # submissions of one job, where it was not the job's fault
-_STEP = 130.0  # seconds that can pass between two looks: more, and this machine slept
 _WAITING = ("QUEUED", "PROVISIONING", "DEPLOYING")
 _STALE = 15.0  # seconds in one place of a queue after which a probe is sent behind
 _KEPT = 30 * 86400.0  # seconds after which a note is forgotten
@@ -173,7 +172,7 @@ class Host:
                     quiet = 0.0
                 self.sleep(pause)
                 pause = min(pause * 1.3, 2.0)
-                step = min(self.clock() - began, _STEP)
+                step = min(self.clock() - began, STEP)
                 job.waited, quiet = job.waited + step, quiet + step
             self.done(job)
             raise TooLargeError(job.too_large)

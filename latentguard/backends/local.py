@@ -17,11 +17,12 @@ from transformers import DynamicCache
 
 from latentguard import families
 from latentguard.backends import Acting, Backend, Decoding, Reply, as_grid
-from latentguard.backends.batches import lengthwise, make_batch, shared_prefix
+from latentguard.backends.batches import lengthwise, make_batch, shared_prefix, spots
 from latentguard.backends.decoding import Decoder
 from latentguard.backends.memory import Budget, blank_states, release, shortage
 from latentguard.backends.passes import Passes
 from latentguard.backends.prefill import Prefill
+from latentguard.backends.served import averaged
 from latentguard.backends.texts import Texts, ends, places
 from latentguard.backends.tracing import nnsight
 from latentguard.directions import Activations, Moments
@@ -186,16 +187,9 @@ class Local(Texts, Backend):
                 left, prefix = self._halved(left, short[0]), None
 
     def _read_batch(self, batch: Any, prefix: DynamicCache | None, wanted: tuple[int, ...], tokens: list[list[list[int]]]) -> Tensor:
-        spots = [(r, batch.column(r, t), r * len(places) + p) for r, places in enumerate(tokens) for p, at in enumerate(places) for t in at]
-        row, column, target = (torch.tensor(part) for part in zip(*spots, strict=True))
+        row, column, target = spots(batch, tokens)
         picked = self.passes.states(batch, prefix, wanted, row, column - batch.prefix)
-        count = len(tokens) * len(tokens[0])
-        if len(spots) == count:  # one token a place: in order already
-            out = picked
-        else:
-            share = torch.zeros(count).index_add_(0, target, torch.ones(len(target)))
-            out = torch.zeros(len(wanted), count, self.d_model).index_add_(1, target, picked) / share[:, None]
-        return out.reshape(len(wanted), len(tokens), -1, self.d_model).transpose(0, 1)
+        return averaged(picked, target, len(tokens) * len(tokens[0])).reshape(len(wanted), len(tokens), -1, self.d_model).transpose(0, 1)
 
     def _prefix_cache(self, ids: Tensor, deepest: int) -> DynamicCache:
         """Keys and values of the shared prefix below the deepest layer, one row."""
@@ -272,11 +266,7 @@ class Local(Texts, Backend):
         bar.close()
 
     def _prefill(self, prompts: list[Prompt], rendered: list[Rendered], grid: Grid, first: list[int], ahead: int = 0) -> Prefill:
-        for cell in grid:
-            for act in cell.interventions:
-                act.check(self)
-                for item in rendered:
-                    parse_position(act.positions).tokens(item)
+        self._fits(rendered, grid)
         return Prefill(self.passes, self.budget, prompts, rendered, grid, first, lambda chunk: self._within(chunk, ahead), self.pad, self.device)
 
     def _bar(self, what: str, total: int | None) -> tqdm:

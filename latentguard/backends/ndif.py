@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from latentguard import families
 from latentguard.backends import Acting, Backend, Decoding, Measure, Reply, as_grid, served
-from latentguard.backends.batches import Batch, lengthwise, make_batch, make_plan, step_plan
+from latentguard.backends.batches import Batch, lengthwise, make_batch, make_plan, spots, step_plan
 from latentguard.backends.jobs import Host, JobError, TooLargeError
 from latentguard.backends.memory import blank_states
 from latentguard.backends.parcels import parcel, sent
@@ -31,7 +31,7 @@ from latentguard.errors import InputError
 from latentguard.fingerprints import told
 from latentguard.interventions import Grid
 from latentguard.layers import Layers, resolve_layers
-from latentguard.positions import Position, Rendered, parse_position
+from latentguard.positions import Position, parse_position
 from latentguard.prompts import Prompt, as_prompts, digest
 from latentguard.templates import Template
 
@@ -131,7 +131,7 @@ class Ndif(Texts, Backend):
         """Next-token log-probabilities at a position; what a `reduce` with a `measure` makes of them is made on the server."""
         listed, grid, place = as_prompts(prompts), as_grid(interventions), parse_position(position)
         rendered = self.render(listed)
-        self._check(rendered, grid)
+        self._fits(rendered, grid)
         tokens = [place.tokens(item) for item in rendered]
         measure = _measure(reduce, len(listed))
         found: list[list] = [[None] * len(listed) for _ in grid]
@@ -140,23 +140,26 @@ class Ndif(Texts, Backend):
         small = small * len(grid) + sum(self._own(grid))  # bytes a prompt, back and forth
         most = min(self._rows(small), max(1, _LOGITS // heavy))
 
+        def side_by_side(n: int) -> list[list[int]]:
+            """The cells that n prompts meet in one pass, pass by pass."""
+            return _parts(list(range(len(grid))), max(1, most // n))
+
         def task(rows: list[int]) -> dict:
             chunk = [rendered[i] for i in rows]
             batch = make_batch([listed[i] for i in rows], chunk, self.pad, torch.device("cpu"))
             keep = max(len(item) - tokens[i][0] for i, item in zip(rows, chunk, strict=True))
             columns = [[batch.column(r, t) - (batch.width - keep) for t in tokens[i]] for r, i in enumerate(rows)]
-            a_run = max(1, most // len(rows))  # cells side by side
-            runs = [self._run(batch, grid, cells) for cells in _parts(list(range(len(grid))), a_run)]
+            runs = [self._run(batch, grid, cells) for cells in side_by_side(len(rows))]
             own = [measure.own[i] if measure.own is not None else i for i in rows]
             return {"ids": batch.ids, "mask": batch.mask, "keep": keep, "columns": columns, "own": own, "runs": runs}
 
         batches = lengthwise([len(item) for item in rendered], lambda _: most, _A_PASS) if listed else []
         with self._bar("score", len(grid) * len(listed)) as bar:
             about = partial(served.score, function=measure.function, clean=measure.clean)
-            for job, results in self._jobs(batches, small, task, about, lambda rows: -(-len(grid) // max(1, most // rows)) + measure.clean):
+            for job, results in self._jobs(batches, small, task, about, lambda n: len(side_by_side(n)) + measure.clean):
                 for rows, batch in zip(job, results, strict=True):
                     answers = iter(batch)
-                    for cells in _parts(list(range(len(grid))), max(1, most // len(rows))):
+                    for cells in side_by_side(len(rows)):
                         for c in cells:
                             for i in rows:
                                 found[c][i] = next(answers)
@@ -169,7 +172,7 @@ class Ndif(Texts, Backend):
         """Replies as their jobs return. The server makes each to its end; `decided` cuts it here, where it would have ended it."""
         rendered = self.render(prompts)
         self._room(rendered, decoding)
-        self._check(rendered, grid)
+        self._fits(rendered, grid)
         if 0 in {layer for cell in grid for act in cell.interventions for layer in act.layers(self.n_layers)} and self.places[0] is None:
             raise InputError(f"{self.name}: layer 0 cannot be changed during remote generation, for its state is no module's output; begin at layer 1")
         if decoding.temperature > 0 and any(getattr(self.config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
@@ -186,7 +189,7 @@ class Ndif(Texts, Backend):
             going = step_plan([(grid.cells[c], prompts[i]) for c, i in asked], self.n_layers, torch.device("cpu"))
             seeds = []
             if decoding.temperature > 0:
-                seeds = [[int(digest([decoding.seed, prompts[i].id, n + 1])[:15], 16) for n in range(decoding.max_new_tokens)] for _, i in asked]
+                seeds = [[decoding.seed_of(prompts[i], n) for n in range(decoding.max_new_tokens)] for _, i in asked]
             return {
                 "ids": batch.ids[at], "mask": batch.mask[at], "plan": sent(plan), "going": sent(going), "seeds": seeds, "temperature": decoding.temperature
             }  # fmt: skip
@@ -213,13 +216,6 @@ class Ndif(Texts, Backend):
                 return Reply(prompt, self._text(said), tuple(said), "decided")
         return Reply(prompt, self._text(said), tuple(said), "length")
 
-    def _check(self, rendered: Sequence[Rendered], grid: Grid) -> None:
-        for cell in grid:
-            for act in cell.interventions:
-                act.check(self)
-                for item in rendered:
-                    parse_position(act.positions).tokens(item)
-
     def _run(self, batch: Batch, grid: Grid, cells: Sequence[int]) -> tuple[Tensor, dict]:
         n = len(batch.prompts)
         rows = torch.arange(n).repeat(len(cells))
@@ -232,8 +228,7 @@ class Ndif(Texts, Backend):
 
         def task(rows: list[int]) -> dict:
             batch = make_batch([listed[i] for i in rows], [rendered[i] for i in rows], self.pad, torch.device("cpu"))
-            spots = [(r, batch.column(r, t), r * len(parsed) + p) for r, i in enumerate(rows) for p, at in enumerate(tokens[i]) for t in at]
-            row, column, target = (torch.tensor(part) for part in zip(*spots, strict=True))
+            row, column, target = spots(batch, [tokens[i] for i in rows])
             return {"ids": batch.ids, "mask": batch.mask, "row": row, "column": column, "target": target, "count": len(rows) * len(parsed)}
 
         most = self._rows(a_prompt)

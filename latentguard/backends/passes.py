@@ -13,6 +13,7 @@ from latentguard import families
 from latentguard.backends.attention import grouped
 from latentguard.backends.batches import Batch, Plan
 from latentguard.backends.memory import device_of
+from latentguard.backends.served import state_of
 from latentguard.backends.tracing import nnsight
 from latentguard.ranks import ALONE, Alone
 
@@ -157,11 +158,6 @@ class Passes:
         self.team.turn()
         with torch.inference_mode():
             return self.hf(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), use_cache=False).logits[0, -1].float()
-
-
-def state_of(output: Any) -> Tensor:
-    """A block's residual stream: some architectures return a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def changed(layer: Any, change: Callable[[Tensor], Tensor], length: int | None = None) -> Any:

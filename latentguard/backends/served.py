@@ -66,12 +66,16 @@ def states(tree: Any, places: list, wanted: list, task: dict, last: bool) -> Any
                 picked.append(nnsight.save(state[row.to(state.device), column.to(state.device)].float()))
             if last:
                 tracer.stop()
-    found = torch.stack([state.to(picked[0].device) for state in picked])
+    return averaged(torch.stack([state.to(picked[0].device) for state in picked]), target, count)
+
+
+def averaged(found: Any, target: Any, count: int) -> Any:
+    """States [layer, spot, d_model] as [layer, place, d_model]: the mean over the spots of each place."""
     if len(target) == count:  # one token a place: in order already
         return found
     target = target.to(found.device)
     share = torch.zeros(count, device=found.device).index_add_(0, target, torch.ones(len(target), device=found.device))
-    return torch.zeros(len(wanted), count, found.shape[-1], device=found.device).index_add_(1, target, found) / share[:, None]
+    return torch.zeros(len(found), count, found.shape[-1], device=found.device).index_add_(1, target, found) / share[:, None]
 
 
 def read(tree: Any, places: list, wanted: list, dtype: str, tasks: list) -> list:

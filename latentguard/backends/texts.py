@@ -5,6 +5,7 @@ from typing import Any
 
 from latentguard.backends import Decoding
 from latentguard.errors import InputError
+from latentguard.interventions import Grid
 from latentguard.positions import Position, Rendered, parse_position
 from latentguard.prompts import as_prompts
 from latentguard.templates import Template
@@ -32,6 +33,14 @@ class Texts:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def _fits(self, rendered: Sequence[Rendered], grid: Grid) -> None:
+        """Refuse interventions that this model, or one of the prompts, has no place for."""
+        for cell in grid:
+            for act in cell.interventions:
+                act.check(self)
+                for item in rendered:
+                    parse_position(act.positions).tokens(item)
 
     def _room(self, rendered: Sequence[Rendered], decoding: Decoding) -> None:
         """Refuse replies that would not fit behind their prompts."""
