@@ -131,7 +131,7 @@ def test_curves_of_the_tiny_model(tiny):
     assert all(len(item) in (69, 70) for item in tiny.render(curves.of_length(tiny, 70, 3)))
     from latentguard.plots.cost import cost_by_size
 
-    figure = cost_by_size(summary, title="t", unit="CPU s")
+    figure = cost_by_size(summary, title="t", unit="CPU s").figure
     assert [axis.get_xlabel() for axis in figure.axes] == list(sizes)
 
 

@@ -191,7 +191,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
         writer = csv.DictWriter(file, list(found["rows"][0]))
         writer.writeheader()
         writer.writerows(found["rows"])
-    cost_by_size(found["rows"], title=f"cost against size, {found['model']}", unit=found["unit"]).savefig(path.with_suffix(".png"), dpi=150)
+    cost_by_size(found["rows"], title=f"cost against size, {found['model']}", unit=found["unit"]).figure.savefig(path.with_suffix(".png"), dpi=150)
     print(f"{path}\n{path.with_suffix('.png')}")
 
 

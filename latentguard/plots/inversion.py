@@ -2,9 +2,31 @@
 
 from collections.abc import Mapping
 
-from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from latentguard.plots.style import Rows, counted, figure_of, legend_below, plain
+from latentguard.charts import Chart, Plot
+from latentguard.plots.style import (
+    DOUBLE,
+    GREY,
+    INK,
+    MARKERS,
+    OKABE_ITO,
+    SINGLE,
+    Rows,
+    column,
+    counted,
+    distinct,
+    figure_of,
+    in_style,
+    line_with_band,
+    number,
+    panels,
+    plain,
+    reference,
+    whiskers,
+)
+from latentguard.plots.words import Named, compose, end, layer_ticks, wrapped
 
 _SIGNED = {
     "+harm": ("#D55E00", "o", "-", "+ harmfulness"), "-harm": ("#D55E00", "v", "-", "− harmfulness"),
@@ -17,85 +39,118 @@ _ANSWERS = {
     "decline": ("#E69F00", "..", "declines"),
     "other": ("#CCCCCC", "", "other"),
 }
+_TOKENS = {"before": "before the question only", "instruction": "instruction only", "all": "all tokens"}
+_RIGHT = {"harmless": "no", "harmful": "certainly"}
 
 
-def inversion_by_layer(rows: Rows, baseline: Mapping[str, Mapping], *, title: str, depth: int) -> Figure:
+@in_style
+def inversion_by_layer(rows: Rows, baseline: Mapping[str, Mapping], *, title: str, depth: int) -> Plot:
     """P of the fitting answer by layer: "No" for harmless requests, "Certainly" for harmful ones (Figs. 5, 11, 12).
 
     Below it which way the answer leans. Rows: label, direction, layer, value, low, high, n, leaning, leaning_low, leaning_high.
     `baseline` holds the shares and the leaning without steering, by label.
     """
-    figure = figure_of(10.4, 8.2)
+    figure = figure_of(DOUBLE, 4.2)
     axes = figure.subplots(2, 2, sharey="row", sharex=True)
-    for column, (label, right) in enumerate((("harmless", "no"), ("harmful", "certainly"))):
-        upper, lower = axes[0][column], axes[1][column]
+    named: dict[str, Named] = {}
+    for place, (label, right) in enumerate(_RIGHT.items()):
+        upper, lower = axes[0][place], axes[1][place]
         n = counted([row for row in rows if row["label"] == label])
-        plain(upper).axhline(baseline[label][right], color="#555555", linestyle="--", linewidth=1.2, label="no steering")
-        plain(lower).axhline(baseline[label]["leaning"], color="#555555", linestyle="--", linewidth=1.2)
-        for direction in dict.fromkeys(row["direction"] for row in rows if row["label"] == label):
+        for axis, value in ((upper, right), (lower, "leaning")):
+            line = plain(axis).axhline(number(baseline[label][value]), color=GREY, linestyle="--")
+        named["none"] = Named("no steering", line)
+        for direction in distinct([row for row in rows if row["label"] == label], "direction"):
             colour, marker, dashes, name = _SIGNED[direction]
             line = sorted((row for row in rows if (row["label"], row["direction"]) == (label, direction)), key=lambda row: row["layer"])
-            at = [row["layer"] for row in line]
-            for axis, value, low, high in ((upper, "value", "low", "high"), (lower, "leaning", "leaning_low", "leaning_high")):
-                axis.fill_between(at, [row[low] for row in line], [row[high] for row in line], color=colour, alpha=0.13, linewidth=0)
-                axis.plot(at, [row[value] for row in line], color=colour, marker=marker, linestyle=dashes, label=name if axis is upper else None)
-        upper.set(title=f"{label} requests ({n})", ylabel=f'P("{right.capitalize()}")', ylim=(-0.03, 1.03))
+            line_with_band(lower, line, "layer", "leaning", colour, low="leaning_low", high="leaning_high", marker=marker, linestyle=dashes)
+            named[name] = Named(name, line_with_band(upper, line, "layer", "value", colour, marker=marker, linestyle=dashes))
+        upper.set(title=f"{label} requests, {n}", ylabel=f'P("{right.capitalize()}")', ylim=(-0.03, 1.03))
         lower.set(xlabel=f"layer steered (of {depth})", ylabel="log P(Certainly) / P(No)")
-        lower.set_xticks(sorted({row["layer"] for row in rows}))
-    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10.5)
-    return figure
+        layer_ticks(lower, distinct(rows, "layer"))
+    compose(figure, title, list(named.values()))
+    caption = "Above, the probability of the fitting first token by the layer at which a direction is added or taken away; below, which way the answer leans. The dashed "
+    caption += "line is no steering, bands are bootstrap 95% intervals over prompts. Form of Figs. 5, 11 and 12 of arXiv 2507.11878."
+    told = {d: _SIGNED[d] for d in distinct(rows, "direction")}
+    chart = Chart(
+        "line", "layer", "value", f"layer steered (of {depth})", "P of the fitting answer", series="direction", panel="label",
+        names={d: name for d, (*_, name) in told.items()} | {f"label={side}": f'{side} requests: P("{right.capitalize()}")' for side, right in _RIGHT.items()},
+        colours={d: colour for d, (colour, *_) in told.items()}, y_range=(0, 1),
+        lines=tuple(line for side, right in _RIGHT.items() for line in reference(baseline[side], "no steering", right, panel=side)),
+    )  # fmt: skip
+    return Plot(figure, title, caption, chart)
 
 
-def answers(rows: Rows, *, title: str) -> Figure:
-    """Shares of the four answers, from logits and from generated text, a bar a setting.
+@in_style
+def answers(rows: Rows, *, title: str) -> Plot:
+    """Shares of the four answers, from logits and from generated text, a bar a setting; the fitting answer first, in text with its interval.
 
-    Rows: label, direction, tokens, layer, coef, n, p_<answer>, text_<answer>.
+    Rows: label, direction, tokens, layer, coef, n, p_<answer>, text_<answer>, rate, low, high (of the fitting answer in text).
     """
-    labels = list(dict.fromkeys(row["label"] for row in rows))
+    labels = distinct(rows, "label")
     sizes = [sum(row["label"] == label for row in rows) for label in labels]
-    figure = figure_of(11.0, 0.27 * sum(sizes) + 2.2)
-    axes = figure.subplots(len(labels), 2, sharex=True, squeeze=False, height_ratios=sizes)
+    figure = figure_of(DOUBLE, 0.2 * sum(sizes) + 0.4 * len(labels) + 0.4)
+    axes = figure.subplots(len(labels), 2, sharex=True, squeeze=False, height_ratios=[size + 1 for size in sizes])
     for line, label in zip(axes, labels, strict=True):
         here = [row for row in rows if row["label"] == label]
-        names = [_setting(row) for row in here]
-        for axis, source, what in zip(line, ("p", "text"), ("first-token probability", "generated text"), strict=True):
+        order = sorted(_ANSWERS, key=lambda answer: (answer != _RIGHT.get(label), list(_ANSWERS).index(answer)))
+        for axis, source, what in zip(line, ("p", "text"), ("first token", "text"), strict=True):
             left = [0.0] * len(here)
-            for answer, (colour, hatch, name) in _ANSWERS.items():
-                width = [row[f"{source}_{answer}"] for row in here]
-                plain(axis).barh(range(len(here)), width, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label=name)
+            for answer in order:
+                colour, hatch, _ = _ANSWERS[answer]
+                width = column(here, f"{source}_{answer}")
+                plain(axis).barh(range(len(here)), width, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
                 left = [a + b for a, b in zip(left, width, strict=True)]
-            axis.set(title=f"{label} requests, {what} (n = {here[0]['n']})", xlim=(0, 1))
-            axis.title.set_fontsize(9.5)
-            axis.set_yticks(range(len(here)), names if source == "p" else [""] * len(here), fontsize=8)
+            axis.set(title=f"{label} requests: {what}, {counted(here)}", xlim=(0, 1))
+            axis.set_yticks(range(len(here)), [wrapped(_setting(row), 60, 1) for row in here] if source == "p" else [""] * len(here), fontsize=6.2)
             axis.invert_yaxis()
-    return legend_below(figure, axes[0][0], title, columns=4)
+        if all("rate" in row for row in here):
+            for ecolor, elinewidth, capthick in (("white", 2.6, 2.6), (INK, 1, 1)):
+                look = {"ecolor": ecolor, "elinewidth": elinewidth, "capthick": capthick, "linestyle": "none", "clip_on": False}
+                line[1].errorbar(column(here, "rate"), range(len(here)), xerr=whiskers(here, "rate"), **look)
+    for axis in axes[-1]:
+        axis.set_xlabel("share")
+    named = [Named(name, Patch(facecolor=colour, hatch=hatch, edgecolor="white")) for colour, hatch, name in _ANSWERS.values()]
+    compose(figure, title, [*named, Named("95% interval of the fitting answer", Line2D([], [], color=INK))])
+    caption = "What the model answers at the validated settings, by its first token (left) and in the text it writes (right); the fitting answer stands first, "
+    caption += "in text with its Wilson 95% interval."
+    names = (
+        {d: style[3] for d, style in _SIGNED.items()}
+        | {"none": "no steering", "": "no steering", "None": "no steering", "paper": "the paper's tokens"}
+        | _TOKENS
+    )
+    colours = {"none": GREY} | {d: style[0] for d, style in _SIGNED.items()}
+    chart = Chart(
+        "points", "tokens", "rate", "tokens that are steered", "fitting answer in text", series="direction", panel="label", colours=colours, y_range=(0, 1),
+        names=names | {f"label={side}": f'{side} requests: "{right.capitalize()}"' for side, right in _RIGHT.items()},
+    )  # fmt: skip
+    return Plot(figure, title, caption, chart)
+
+
+@in_style
+def certainly_by_position(rows: Rows, *, title: str) -> Plot:
+    """P(Certainly) by layer, a line an extraction position (Fig. 16). Rows: position, layer, value, low, high, n."""
+    positions = distinct(rows, "position")
+    look = {position: ((OKABE_ITO + ("#999999",))[i % 8], (*MARKERS, "*")[i % 8]) for i, position in enumerate(positions)}
+    figure, (axis,) = panels(1, 2.4, width=SINGLE)
+    named = []
+    for position, (colour, marker) in look.items():
+        line = sorted((row for row in rows if row["position"] == position), key=lambda row: row["layer"])
+        drawn = line_with_band(axis, line, "layer", "value", colour, marker=marker, alpha=0.1)
+        named.append(Named(f"{position}, {counted(line)}", drawn, colour, end(line, "layer", "value")))
+    axis.set(xlabel="layer steered", ylabel='P("Certainly"), harmless requests', ylim=(-0.03, 1.03))
+    layer_ticks(axis, distinct(rows, "layer"))
+    compose(figure, title, named, axis)
+    caption = "Probability that a harmless request is answered “Certainly” under the harmfulness direction read at each token position, by the layer steered; "
+    caption += "bands are bootstrap 95% intervals over prompts. Form of Fig. 16 of arXiv 2507.11878."
+    chart = Chart(
+        "line", "layer", "value", "layer steered", 'P("Certainly"), harmless requests', series="position", colours={p: colour for p, (colour, _) in look.items()}, y_range=(0, 1)
+    )  # fmt: skip
+    return Plot(figure, title, caption, chart)
 
 
 def _setting(row: Mapping) -> str:
     if row["direction"] == "none":
         return "no steering"
-    rule = (
-        ""
-        if row["tokens"] == "paper"
-        else {"before": ", before the question only", "instruction": ", instruction only", "all": ", all tokens"}.get(row["tokens"], "")
-    )
+    rule = f", {_TOKENS[row['tokens']]}" if row["tokens"] in _TOKENS else ""
     draw = f" {row['draw'] + 1}" if row.get("draw") is not None else ""
     return f"{_SIGNED[row['direction']][3].replace('±', row['direction'][0])}{draw}, layer {row['layer']}, ×{abs(row['coef']):g}{rule}"
-
-
-def certainly_by_position(rows: Rows, *, title: str) -> Figure:
-    """P(Certainly) by layer, a line an extraction position (Fig. 16). Rows: position, layer, value, low, high, n."""
-    figure = figure_of(8.0, 4.8)
-    axis = plain(figure.subplots())
-    colours = ["#999999", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#56B4E9", "#0072B2", "#000000"]
-    for i, position in enumerate(dict.fromkeys(row["position"] for row in rows)):
-        line = sorted((row for row in rows if row["position"] == position), key=lambda row: row["layer"])
-        at = [row["layer"] for row in line]
-        colour = colours[i % len(colours)]
-        axis.fill_between(at, [row["low"] for row in line], [row["high"] for row in line], color=colour, alpha=0.08, linewidth=0)
-        axis.plot(at, [row["value"] for row in line], color=colour, marker="osD^vPX*"[i % 8], label=f"{position} ({counted(line)})")
-    axis.set(xlabel="layer steered", ylabel='P("Certainly"), harmless requests', ylim=(-0.03, 1.03))
-    axis.set_xticks(sorted({row["layer"] for row in rows}))
-    return legend_below(figure, axis, title, columns=4)
