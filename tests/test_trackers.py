@@ -1,26 +1,24 @@
-"""What a run leaves, here and on W&B; what the model said stays here."""
+"""What a run leaves in its folder. W&B: tests/test_wandb.py."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from latentguard.charts import Chart, Line, Plot
 from latentguard.directions import Direction
-from latentguard.trackers import Files, Memory, Wandb, Within
+from latentguard.trackers import Files, Memory, Within
 
-SENTINEL = "SENTINELxREPLYx90210"
 ROW = {
     "prompt_id": "p1",
     "prompt": "a question",
     "label": "harmful",
     "layer": 3,
     "coef": 2.0,
-    "reply": f"I say {SENTINEL}",
+    "reply": "I say so",
     "verdict": "accepted",
-    "rule": f"never acceptable: {SENTINEL} is never acceptable",
+    "rule": "never acceptable: so",
 }
 
 
@@ -39,52 +37,44 @@ def test_files_are_whole_and_in_place(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows[0] == ROW and rows[1]["score"] is None
     assert json.loads((tmp_path / "summary.json").read_text()) == {"a": {"b": None, "c": 1}}
-    assert (tmp_path / "figures" / "f.png").read_bytes().startswith(b"\x89PNG")
+    starts = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+    assert all((tmp_path / "figures" / f"f.{kind}").read_bytes().startswith(start) for kind, start in starts.items())
     assert (tmp_path / "figures" / "f.csv").read_text().splitlines() == ["x,y", "1,", "2,3"]
 
 
-def offline_run(folder, generations):
-    with Wandb(folder, config={"model": "tiny"}, name="n", job_type="steer_harm", mode="offline", generations=generations) as tracker:
-        print("a printed line with", SENTINEL)
-        tracker.rows([ROW, {**ROW, "label": "harmless"}])
-        tracker.figure("replies", a_figure(), [{"reply": SENTINEL}], replies=True)
-        tracker.figure("rates", a_figure(), [{"x": 1}])
-        tracker.summary({"claim": "c", "rate": {"n": 2, "rate": 0.5}, "grid": [1, 2]})
-    return folder / "wandb"
+def test_the_index_of_figures_tells_what_they_show(tmp_path):
+    chart = Chart("line", "layer", "rate", "Layer", "Rate", series="direction", lines=(Line(0.5, "none"),))
+    bare = a_figure()
+    bare.suptitle("of\nlayers")
+    with Files(tmp_path) as tracker:
+        tracker.figure("old", a_figure(), [])
+    with Files(tmp_path) as tracker:
+        tracker.figure("plot", Plot(a_figure(), "a title", "a caption", chart), [{"layer": 1, "rate": 0.5}])
+        tracker.figure("bare", bare, [], replies=True)
+    told = json.loads((tmp_path / "figures" / "index.json").read_text())
+    assert set(told) == {"plot", "bare"}, "another attempt's figures are not listed"
+    assert Chart.from_dict(told["plot"].pop("chart")) == chart
+    assert told == {
+        "plot": {"title": "a title", "caption": "a caption", "replies": False},
+        "bare": {"title": "of layers", "caption": "", "replies": True, "chart": None},
+    }
+    assert not list((tmp_path / "figures").glob(".*")), "nothing is left half written"
 
 
-def holding(folder, word):
-    return [path.name for path in folder.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
-
-
-@pytest.fixture
-def staging(tmp_path, monkeypatch):
-    """W&B's own staging folders, inside the test's."""
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    return tmp_path
-
-
-def test_no_reply_leaves_the_machine_by_default(staging):
-    folder = offline_run(staging / "run", "verdicts")
-    assert holding(folder, "rates"), "the run was recorded"
-    assert not holding(folder, SENTINEL)
-    assert holding(staging, SENTINEL) == ["replies.csv", "rows.jsonl"] or set(holding(staging, SENTINEL)) == {"rows.jsonl", "replies.csv"}
-
-
-def test_replies_go_when_asked_for(staging):
-    assert holding(offline_run(staging / "run", "full"), SENTINEL)
-
-
-def test_an_offline_run_reads_back(staging):
-    folder = offline_run(staging / "run", "verdicts")
-    log = next(folder.rglob("run-*.wandb"))
-    read = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)], capture_output=True, text=True)
-    if read.returncode:
-        pytest.skip(f"wandb leet is not to be had here: {read.stderr[:100]}")
-    text = read.stdout
-    assert '"claim"' in text or "claim" in text
-    assert "rate/n" in text and "tiny" in text
+def test_lineage_tells_what_was_used_and_what_was_made(tmp_path):
+    with Files(tmp_path / "one") as tracker:
+        tracker.used("dataset", "built/in", {"hash": "h", "ids": ["a"] * 200})
+        tracker.direction(a_direction())
+    made = tmp_path / "one" / "directions" / "harm.safetensors"
+    with Files(tmp_path / "two") as tracker:
+        Within(tracker, "study").used("direction", "m-harm", {}, made)
+        (tmp_path / "two" / "guard.bin").write_bytes(b"weights")
+        Within(tracker, "study").artifact("guard", "g", tmp_path / "two" / "guard.bin", {"layer": 3})
+    one, two = (json.loads((tmp_path / name / "lineage.json").read_text()) for name in ("one", "two"))
+    assert json.loads((tmp_path / "one" / one["used"][0]["file"]).read_text())["ids"] == ["a"] * 200
+    assert one["used"][0]["metadata"] == {"hash": "h"} and one["used"][0]["file"] == "lineage/dataset-built-in.json"
+    assert [two["used"][0][key] for key in ("kind", "name", "sha256")] == [one["made"][0][key] for key in ("kind", "name", "sha256")]
+    assert (two["made"][0]["name"], two["made"][0]["file"], two["made"][0]["metadata"]) == ("study_g", "guard.bin", {"layer": 3})
 
 
 def a_direction(name="harm"):
