@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from latentguard.directions import Activations, Direction, mean_difference
-from latentguard.metrics import Value
+from latentguard.metrics import Value, split_half
 from latentguard.prompts import Prompt
 
 RESAMPLES = 200
@@ -57,6 +57,21 @@ def cosine_by_layer(states: Activations, high: Sequence[Prompt], low: Sequence[P
             reach = float(np.sqrt(max(0.0, ceilings[0][i] * ceilings[1][i])))
             rows.append({"layer": layer, "value": float(found[i]), "low": lower, "high": upper, "n": whole.n, "ceiling": reach})
     return rows, whole
+
+
+def halves_across(sides: Sequence[np.ndarray], seed: int) -> list[float]:
+    """By layer, the cosine between a difference of means before and one after, each from one half of the prompts.
+
+    Args:
+        sides: [prompt, layer, d_model] of both poles before, then of both after, row by row the same prompts.
+    """
+    return [split_half(np.concatenate([side[:, i] for side in sides], -1), _across, seed) for i in range(sides[0].shape[1])]
+
+
+def _across(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of `a`'s difference of means before with `b`'s after; NaN where one is zero."""
+    x, y = np.subtract(*np.split(a.mean(0), 4)[:2]), np.subtract(*np.split(b.mean(0), 4)[2:])
+    return float(_cosines(x[None], y[None])[0])
 
 
 def _centred(value: float, drawn: np.ndarray) -> tuple[float, float]:

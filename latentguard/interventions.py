@@ -49,7 +49,7 @@ class Intervention:
     output. `positions` is a place in the prompt (positions.py). `when='prefill'` touches the prompt only, as in the
     paper; `'every_step'` also each generated token.
 
-    A kind of your own (docs/remote.md): subclass with a `kind`, a `change(state, vector, amount) -> state` (a staticmethod, of
+    A kind of your own (docs/howto/intervention.md): subclass with a `kind`, a `change(state, vector, amount) -> state` (a staticmethod, of
     torch alone: state is [row, token, d_model], vector [row, 1, d_model], amount [row, 1, 1]), an `amount` and a `vector`.
     """
 

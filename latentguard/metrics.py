@@ -1,7 +1,7 @@
 """Rates, means, AUROC and correlations, each with its 95% interval. Numpy only; knows no model, prompt or judge."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -61,6 +61,12 @@ class Value:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {self.n})"
+
+
+def as_text(found: Mapping, digits: int = 2, sign: str = "") -> str:
+    """A row's rate or value in words, 0.46 [0.33, 0.60] (n = 50); `sign` is "+" where a plus is to stand."""
+    at, low, high = (f"{x:{sign}z.{digits}f}" for x in (found["rate"] if "rate" in found else found["value"], found["low"], found["high"]))
+    return f"{at} [{low}, {high}] (n = {found['n']})"
 
 
 def mean(values: Numbers) -> Value:

@@ -96,7 +96,7 @@ class Cast:
 class Casting:
     """How many to look for. A study holds one; equal ones share what was computed.
 
-    Args:
+    Attributes:
         n_poles: prompts a pole, at most.
         n_test: prompts a held-out role, at most.
         n_validation: prompts a pole on the validation split, at most.

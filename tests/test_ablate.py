@@ -19,6 +19,7 @@ from latentguard.positions import Rendered, parse_position
 from latentguard.prompts import as_prompts
 from latentguard.roles import Casting
 from latentguard.trackers import Files, Memory
+from tests.headlines import tells_its_headline
 
 DEPTH, WIDTH = 4, 64
 REFUSAL, LANGUAGE = 0, 1
@@ -107,7 +108,9 @@ def data():
 
 
 def run(data, backend=None, tracker=None, **changed):
-    return AblateRefusal(**{**SETTINGS, **changed})(backend or Stream(), data, Phrases(), tracker or Memory())
+    summary = AblateRefusal(**{**SETTINGS, **changed})(backend or Stream(), data, Phrases(), tracker or Memory())
+    tells_its_headline(summary)
+    return summary
 
 
 def test_the_planted_direction_is_chosen_and_removes_refusal_beyond_its_controls(data):
@@ -121,6 +124,7 @@ def test_the_planted_direction_is_chosen_and_removes_refusal_beyond_its_controls
     assert late["score"] < chosen["score"] and late["kl"] > 0.1 and late["fails"] == "KL", "the mixed direction wins but for the filter"
     assert all("induced" in row["fails"] for key, row in at.items() if key != ("t_post_inst", 3) and key != ("t_post_inst", 2))
     rates = {(row["label"], row["condition"]): row for row in summary["table"]}
+    assert summary["headline"]["value"] == rates["harmful", "ablated"]["rate"] and not summary["headline"]["withheld"]
     assert rates["harmful", "none"]["rate"] > 0.8 and rates["harmful", "ablated"]["rate"] == 0
     for control in ("ablated_random", "ablated_shuffled"):
         assert rates["harmful", control]["low"] > rates["harmful", "ablated"]["high"]

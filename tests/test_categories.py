@@ -9,6 +9,7 @@ from latentguard.errors import InputError
 from latentguard.experiments.categories import Categories, _matrix, _off_diagonal
 from latentguard.judges import Phrases
 from latentguard.trackers import Memory
+from tests.headlines import tells_its_headline
 from tests.planted import DEPTH, Planted, dataset_of, rows_of
 
 SETTINGS = {"window": (0.3, 0.7), "n_category": 20, "n_test": 10, "n_harmless": 50, "shuffles": 5, "invert_layers": (0.25, 0.5)}
@@ -40,7 +41,9 @@ def data():
 def run(data, amount=1.0, noise=0.05, **settings):
     tracker = Memory()
     backend = Planted(inst=own(amount), post=refusal, noise=noise)
-    return Categories(**{**SETTINGS, **settings})(backend, data, Phrases(), tracker), tracker
+    summary = Categories(**{**SETTINGS, **settings})(backend, data, Phrases(), tracker)
+    tells_its_headline(summary)
+    return summary, tracker
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from latentguard.errors import InputError
 from latentguard.experiments.final_token import FinalToken
 from latentguard.judges import Phrases
 from latentguard.trackers import Memory
+from tests.headlines import tells_its_headline
 from tests.planted import Planted, dataset_of, everything, write
 
 MARK, HARM, JITTER = 1.5, 0.2, 0.45
@@ -50,7 +51,9 @@ def data(mirror):
 @pytest.fixture(scope="module")
 def ran(data):
     tracker = Memory()
-    return FinalToken(**SETTINGS)(Planted(inst=loud_marks), data, Phrases(), tracker), tracker
+    summary = FinalToken(**SETTINGS)(Planted(inst=loud_marks), data, Phrases(), tracker)
+    tells_its_headline(summary)
+    return summary, tracker
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, inverted
 from latentguard.roles import Casting
 from latentguard.trackers import Memory
+from tests.headlines import tells_its_headline
 from tests.planted import CERTAINLY, DEPTH, NO, REFUSAL, Planted, dataset_of, everything, refuses_some
 
 CASTING = Casting(n_poles=36, n_test=36, n_validation=10)
@@ -27,7 +28,9 @@ def data():
 
 def run(data, backend=None, **settings):
     tracker = Memory()
-    return Invert(**{**SETTINGS, **settings})(backend or Planted(), data, Phrases(), tracker), tracker
+    summary = Invert(**{**SETTINGS, **settings})(backend or Planted(), data, Phrases(), tracker)
+    tells_its_headline(summary)
+    return summary, tracker
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,9 @@ def test_harm_turns_the_answer_and_refusal_does_not(ran):
     assert summary["follows_the_question"] and summary["status"] == "ok"
     assert verdicts(summary) == {9: "holds", 10: "not testable here"}, "where refusal does nothing anywhere, it has nothing to lose"
     value = {(row["label"], row["direction"], row["layer"]): row["value"] for row in summary["curves"]}
+    assert summary["headline"]["value"] == pytest.approx(value["harmless", "+harm", 4], abs=1e-5) and not summary["headline"]["withheld"]
     for side, harm in (("harmless", "+harm"), ("harmful", "-harm")):
-        assert value[side, harm, 4] < 0.05
+        assert value[side, harm, 4] < 0.05 and summary["validated"][f"{side} {harm}"]["layer"] == 4
         for direction in CONDITIONS[side]:
             for layer in (2, 6) if direction == harm else (2, 4, 6):
                 assert value[side, direction, layer] > 0.7, (side, direction, layer)

@@ -1,5 +1,6 @@
 """Several studies in a row: one that fails stops no other, and nothing of one is written over another's. And the model that never refuses."""
 
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from latentguard.experiments.suffix import Suffix
 from latentguard.judges import Phrases
 from latentguard.roles import Casting
 from latentguard.trackers import Files, Memory
+from tests.headlines import tells_its_headline
 from tests.planted import DEPTH, Planted, dataset_of, everything, never, refuses_some, rows_of, write
 
 
@@ -131,19 +133,28 @@ def test_names_of_figures_and_directions_are_kept_apart(names, figures):
 
 
 def test_the_page_is_there_after_the_first_study_and_grows(tmp_path):
-    page = tmp_path / "paper.html"
+    page = tmp_path / "report.html"
     look = Toy(does=lambda: page.read_text() if page.exists() else None)
     with Files(tmp_path) as tracker:
         run({"suffix": look, "clusters": look, "beliefs": Toy()}, tracker)
     assert look.seen[0] is None and "suffix" in look.seen[1]
-    assert page.stat().st_size > len(look.seen[1]) and (tmp_path / "paper.md").exists()
+    assert page.stat().st_size > len(look.seen[1]) and (tmp_path / "report.md").exists()
     assert (tmp_path / "figures" / "suffix_found.png").exists() and (tmp_path / "directions" / "beliefs_harm.safetensors").exists()
+
+
+def test_a_page_that_cannot_be_written_stops_no_study(tmp_path, caplog):
+    class NoPage(Memory):
+        def page(self, write):
+            raise InputError("there is no room")
+
+    summary, _ = run({"one": Toy(), "two": Toy()}, NoPage())
+    assert "2 of 2 studies ran" in summary["claim"] and caplog.text.count("report.html is not written: there is no room") == 2
 
 
 def test_no_page_where_none_is_asked_for(tmp_path):
     with Files(tmp_path) as tracker:
         run({"suffix": Toy()}, tracker, page=False)
-    assert not (tmp_path / "paper.html").exists() and (tmp_path / "summary.json").exists()
+    assert not (tmp_path / "report.html").exists() and (tmp_path / "summary.json").exists()
 
 
 # ── every verb, on models at the ends ──
@@ -199,12 +210,42 @@ def test_a_model_that_never_refuses_is_said_and_crashes_nothing(silent, verb):
     assert verb == "suffix" or found["poles"] == "label"
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_claim_rests_on_is_there_in_numbers(silent, verb):
+    summary = silent[0]["studies"][verb]
+    tells_its_headline(summary)
+    assert silent[0]["headlines"][verb] == summary["headline"]
+
+
+def test_a_series_counts_the_effects_that_hold(data):
+    effects = [{"effect": i, "verdict": verdict} for i, verdict in enumerate(("holds", "does not hold", "not testable here", "holds"), 1)]
+    told = {"metric": "m", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "better": None, "withheld": False}
+
+    class Found(Toy):
+        def __call__(self, *given):
+            return {**super().__call__(*given), "effects": effects, "headline": told}
+
+    summary, _ = run({"one": Found(), "two": Toy(), "three": Toy(does=fail("no"))})
+    assert (summary["headline"]["value"], summary["headline"]["n"]) == (2, 3) and "2 holds, 1 does not hold, 1 not testable here" in summary["claim"]
+    assert summary["headlines"] == {"one": told}
+    nothing, _ = run({"one": Toy()})
+    assert math.isnan(nothing["headline"]["value"]) and nothing["headline"]["n"] == 0
+
+
+def test_time_left_is_said_once_there_is_something_to_tell_it_from(caplog):
+    caplog.set_level("INFO")
+    run({"one": Toy(), "two": Toy(refuses="lacks a set"), "three": Toy(), "four": Toy()})
+    begins = [line for record in caplog.records for line in record.getMessage().splitlines() if line.startswith("[")]
+    assert begins[0] == "[1/3] one" and [line.split()[:2] for line in begins[1:]] == [["[2/3]", "three"], ["[3/3]", "four"]]
+    assert all("so far, about 1 s left at this pace" in line for line in begins[1:])
+
+
 def test_a_model_that_never_refuses_is_told_of_in_the_series_too(silent):
     assert f"{len(VERBS)} of {len(VERBS)} studies ran" in silent[0]["claim"]
 
 
 def test_the_page_of_every_verb_is_readable(silent):
-    text = (silent[1] / "paper.md").read_text()
+    text = (silent[1] / "report.md").read_text()
     for verb in VERBS:
         assert f"{verb}" in text
     odd = [line for line in text.splitlines() if "{'" in line or re.search(r"\bnan\b", line)]
@@ -217,3 +258,5 @@ def test_other_extremes_crash_nothing(data, refuses):
     summary = all_of_them(data, Memory(), refuses)
     assert {found["status"] for found in summary["studies"].values()} <= {"ok", "insufficient_base_rate"}
     assert not [name for name, found in summary["studies"].items() if "nan" in str(found["claim"]).split()]
+    for found in summary["studies"].values():
+        tells_its_headline(found)

@@ -20,6 +20,7 @@ from latentguard.layers import resolve_layers
 from latentguard.positions import Rendered
 from latentguard.prompts import as_prompts
 from latentguard.trackers import Files, Memory
+from tests.headlines import tells_its_headline
 
 
 class Planted:
@@ -97,11 +98,13 @@ def data():
 def test_a_planted_effect_is_found_at_its_layer_and_smallest_dose(direction, data):
     tracker = Memory()
     summary = Steer(direction=direction, **SETTINGS)(Planted(), data, Phrases(), tracker)
+    tells_its_headline(summary)
     assert (summary["status"], summary["poles"], summary["study"]) == ("ok", "behaviour", f"steer_{direction}")
     chosen = summary["validated"][direction]
     assert (chosen["layer"], chosen["coef"], chosen["works"]) == (2, 1.0, True)
     found, control, base = summary["reported"][direction], summary["reported"]["random"], summary["baseline"]["harmless"]
     assert base["rate"] == 0 and found["rate"] == 1 and found["low"] > control["high"]
+    assert [summary["headline"][key] for key in ("value", "low", "high", "n", "withheld")] == [*(found[key] for key in ("rate", "low", "high", "n")), False]
     assert "beyond its random control" in summary["claim"] and "NOT" not in summary["claim"]
     assert {d.name for d in tracker.directions} == {"harm", "refuse"}
     rates = {(r["direction"], r["layer"], r["coef"]): r["rate"] for r in summary["grid"]}
@@ -144,6 +147,7 @@ def test_train_validation_and_test_prompts_are_apart(data):
 @pytest.mark.parametrize("refuses", [0.0, 0.1])
 def test_a_model_that_hardly_refuses_gets_no_claim(refuses, data):
     summary = Steer(**SETTINGS)(Planted(refuses=refuses), data, Phrases(), Memory())
+    tells_its_headline(summary)
     assert (summary["status"], summary["poles"]) == ("insufficient_base_rate", "label")
     assert "claim withheld" in summary["claim"] and "by label" in summary["claim"]
 

@@ -1,5 +1,6 @@
 """The studies of hidden states on a planted model: they find what is there, do not find what is not, and can be recounted."""
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from latentguard.experiments.suffix import Suffix
 from latentguard.judges import Phrases
 from latentguard.roles import BEHAVING, FOUR, MISBEHAVING, Casting
 from latentguard.trackers import Memory
+from tests.headlines import tells_its_headline
 from tests.planted import AXES, DEPTH, A, Planted, dataset_of, everything, never, number, refuses_some, rows_of, write
 
 CASTING = Casting(n_poles=36, n_test=36, n_validation=20)
@@ -29,7 +31,9 @@ def data():
 
 def run(study, data, backend=None):
     tracker = Memory()
-    return study(backend or Planted(), data, Phrases(), tracker), tracker
+    summary = study(backend or Planted(), data, Phrases(), tracker)
+    tells_its_headline(summary)
+    return summary, tracker
 
 
 def at_stage(tracker, stage):
@@ -62,6 +66,7 @@ def test_separate_finds_what_each_position_was_planted_to_know(separated):
             assert row["shuffled_low"] < 0 < row["shuffled_high"]
             assert max(-row["shuffled_low"], row["shuffled_high"]) < abs(row["value"]) / 3
     assert all(found > 0.9 for found in summary["ceiling"].values())
+    assert summary["headline"]["value"] == at["t_inst", "accepted_harmful"]["value"] and not summary["headline"]["withheld"]
     assert "accepted harmful +" in summary["claim"] and "refused harmless -" in summary["claim"] and "withheld" not in summary["claim"]
 
 
@@ -137,6 +142,7 @@ def test_beliefs_agree_on_behaving_prompts_and_part_on_the_others(believed):
     summary, _ = believed
     r = summary["correlations"]
     assert r["behaving"]["low"] > 0.8 and r["misbehaving"]["high"] < -0.8 and abs(r["all"]["value"]) < 0.3
+    assert summary["headline"]["value"] == r["misbehaving"]["value"]
     assert abs(r["within groups"]["value"]) < 0.4, "inside a group nothing ties the two"
     assert verdicts(summary) == {2: "holds", 3: "holds", 4: "holds", 5: "holds"} and summary["status"] == "ok"
 
@@ -151,12 +157,12 @@ def test_every_number_of_beliefs_can_be_counted_again(believed):
     summary, tracker = believed
     points = at_stage(tracker, "beliefs")
     assert tracker.figures["beliefs"] == [{k: v for k, v in row.items() if k != "stage"} for row in points]
+    assert [(line["group"], line["delta"]) for line in summary["table"]] == list(itertools.product(FOUR, ("harmful", "refuse")))
     for line in summary["table"]:
-        for axis in ("harmful", "refuse"):
-            mine = [row[axis] for row in points if row["group"] == line["group"]]
-            assert (len(mine), np.mean(mine)) == pytest.approx((line["n"], line[f"delta_{axis}"]))
-            assert np.mean(np.array(mine) > 0) == line[f"{axis}_positive"]
-            assert line[f"{axis}_low"] <= line[f"delta_{axis}"] <= line[f"{axis}_high"]
+        mine = [row[line["delta"]] for row in points if row["group"] == line["group"]]
+        assert (len(mine), np.mean(mine)) == pytest.approx((line["n"], line["value"]))
+        assert np.mean(np.array(mine) > 0) == line["positive"]
+        assert line["low"] <= line["value"] <= line["high"]
     for name, groups in (("all", FOUR), ("behaving", BEHAVING), ("misbehaving", MISBEHAVING)):
         mine = [row for row in points if row["group"] in groups]
         r = np.corrcoef([row["harmful"] for row in mine], [row["refuse"] for row in mine])[0, 1]
@@ -204,11 +210,13 @@ def jailed(persuaded=-A):
 
 def test_jailbreaks_are_found_where_they_were_planted(broken):
     summary, tracker = run(Beliefs(jailbreaks=KINDS, casting=CASTING), broken, jailed())
-    at = {row["group"]: row for row in summary["table"]}
+    at = {row["group"]: {} for row in summary["table"]}
+    for row in summary["table"]:
+        at[row["group"]][row["delta"]] = row
     assert (summary["study"], list(tracker.figures), set(at)) == ("jailbreaks", ["jailbreaks"], {"refused_harmful", *KINDS})
     for kind in KINDS:
-        assert at[kind]["n"] >= 30 and at[kind]["refuse_high"] < 0
-        assert (at[kind]["harmful_high"] < 0) if kind == "persuasion" else (at[kind]["harmful_low"] > 0)
+        assert at[kind]["refuse"]["n"] >= 30 and at[kind]["refuse"]["high"] < 0
+        assert (at[kind]["harmful"]["high"] < 0) if kind == "persuasion" else (at[kind]["harmful"]["low"] > 0)
         ids = [row["prompt_id"] for row in at_stage(tracker, "beliefs") if row["group"] == kind]
         assert all(i.startswith(kind) and int(i[-3:]) % 4 for i in ids), "only those that succeed"
     assert verdicts(summary) == {12: "holds"} and summary["status"] == "ok"
@@ -263,6 +271,7 @@ def test_detect_tells_planted_harm_and_needs_no_behaviour_for_it(detected):
         assert row["rate"] == 1 and row["is"] == ("recall" if group.endswith("harmful") else "specificity")
         assert ("auroc" in row) is group.endswith("harmful")
     assert at["latent_guard", "harmful"]["auroc"] == 1 == at["latent_guard", "harmful"]["tpr_at_1%"]
+    assert (summary["headline"]["value"], summary["headline"]["better"]) == (at["latent_guard", "harmful"]["auroc"], "higher")
     assert at["last_token", "harmful"]["auroc"] == 0.5, "every prompt ends in the same mark"
 
 
@@ -348,6 +357,7 @@ def test_suffix_finds_the_refusals_that_go(suffixed, data):
     drops = summary["drops"]
     assert 0.2 < drops["north"]["value"] < 0.4 and drops["north"]["low"] > 0 and drops["hand: lookalike"]["low"] > 0.5
     assert summary["status"] == "ok" and verdicts(summary) == {1: "holds"}
+    assert (summary["headline"]["value"], summary["headline"]["high"]) == (-drops["north"]["value"], -drops["north"]["low"])
     other, _ = run(Suffix(n_test=80), data, Planted(refuses=lambda p: REFUSES(p) or (p.harmful and not p.suffix)))
     assert verdicts(other) == {1: "does not hold"} and other["drops"]["north"]["high"] < 0
 

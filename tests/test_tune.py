@@ -9,13 +9,16 @@ import pytest
 from pydantic import ValidationError
 
 import latentguard.experiments.tune as study
+from latentguard.controls import _across
 from latentguard.datasets import load_dataset
 from latentguard.errors import InputError
 from latentguard.experiments.tune import OPENINGS, Tune
 from latentguard.judges import Phrases, Verdict
+from latentguard.metrics import split_half
 from latentguard.roles import Casting
 from latentguard.trackers import Files, Memory
 from latentguard.tuning import Lora
+from tests.headlines import tells_its_headline
 from tests.test_tuning import assert_untouched, snapshot, sure
 
 
@@ -52,6 +55,7 @@ def ran(data, tmp_path_factory):
     patch.setattr(study, "tuned", lambda backend, examples, lora, **rest: (taught.append((examples, lora)), tuned(backend, examples, lora, **rest))[1])
     with Files(folder) as tracker:
         summary = settings()(backend, data, Planted(), tracker)
+        tells_its_headline(summary)
         tracker.summary(summary)
     patch.undo()
     assert_untouched(backend, before)
@@ -61,10 +65,10 @@ def ran(data, tmp_path_factory):
 def test_refusal_falls_and_the_study_says_what_became_of_the_states(ran):
     summary = ran[0]
     assert (summary["study"], summary["status"], summary["poles"]) == ("finetune_attack", "ok", "behaviour")
-    assert [(row["trained_on"], row["n_trained"]) for row in summary["table"]] == [
+    assert [(row["trained_on"], row["n_trained"]) for row in summary["models"]] == [
         ("nothing", 0), ("harmful", 6), ("harmless", 6), ("harmful", 12), ("harmless", 12),
     ]  # fmt: skip
-    before, *after = summary["table"]
+    before, *after = summary["models"]
     assert before["refusal_harmful"] == 1 and before["refusal_harmless"] == before["refusal_lookalike"] == 0
     attack = [row for row in after if row["trained_on"] == "harmful"]
     assert all(row["refusal_harmful"] < 0.3 for row in attack)
@@ -84,7 +88,7 @@ def test_every_number_can_be_counted_again_from_the_rows(ran):
         for key in [(r["trained_on"], r["n_trained"], r["label"])]
     }
     base = np.array([r["by_layer"] for r in states["nothing", 0, "harmful"]])
-    for line in summary["table"]:
+    for line in summary["models"]:
         tags = (line["trained_on"], line["n_trained"])
         for label in ("harmful", "harmless", "lookalike"):
             said = [r["verdict"] == "refused" for r in rows if r["stage"] == "held_out" and (r["trained_on"], r["n_trained"], r["label"]) == (*tags, label)]
@@ -112,7 +116,7 @@ def test_every_number_can_be_counted_again_from_the_rows(ran):
 
 def test_what_is_trained_on_is_train_data_with_openings_and_no_pole_while_others_are_left(ran, data):
     summary, rows, _, taught = ran
-    train, poles = {p.id for p in data.train}, summary["table"]
+    train, poles = {p.id for p in data.train}, summary["models"]
     held = {r["prompt_id"] for r in rows if r["stage"] in ("held_out", "steering", "separation")}
     assert held <= {p.id for p in data.test}
     assert [(len(examples), {p.label for p, _ in examples}) for examples, _ in taught] == [(n, {side}) for n in (6, 12) for side in ("harmful", "harmless")]
@@ -124,7 +128,7 @@ def test_what_is_trained_on_is_train_data_with_openings_and_no_pole_while_others
 
 def test_the_control_is_trained_for_as_long_as_the_attack(ran):
     summary, _, _, taught = ran
-    epochs = [row["epochs"] for row in summary["table"][1:]]
+    epochs = [row["epochs"] for row in summary["models"][1:]]
     assert epochs[0::2] == epochs[1::2] == [lora.epochs for _, lora in taught[1::2]] and max(epochs) < 9
     for one in summary["trained"][0::2]:
         assert one["watched_refusal"][-1] <= 0.05 < min(one["watched_refusal"][:-1], default=1)
@@ -141,7 +145,7 @@ def test_directions_are_compared_with_what_an_unchanged_one_would_reach(ran, dat
     before, after = np.random.default_rng(0).normal(size=(2, 40, 2, 6))
     before[:, 0] += 3 * np.eye(6)[0]
     after[:, 0] += 3 * np.eye(6)[1]
-    same, turned = (study.split_half(np.concatenate([before, one], 1).reshape(40, -1), study._across) for one in (before, after))
+    same, turned = (split_half(np.concatenate([before, one], 1).reshape(40, -1), _across) for one in (before, after))
     assert same > 0.8 and abs(turned) < 0.5
 
 
@@ -150,7 +154,7 @@ def test_a_model_that_never_refuses_gets_no_claim(data):
     summary = settings(sizes=(4,), control=False, steer_layers=())(sure(), data, Phrases(), tracker)
     assert (summary["status"], summary["poles"]) == ("insufficient_base_rate", "label")
     assert summary["effects"][0]["verdict"] == "not testable here" and "claim withheld" in summary["claim"]
-    assert [row["poles"] for row in summary["table"]] == ["label", "label"] and summary["steering"] == []
+    assert [row["poles"] for row in summary["models"]] == ["label", "label"] and summary["steering"] == []
     assert sorted(tracker.figures) == ["finetune_directions", "finetune_refusal", "finetune_separation"]
 
 
@@ -163,7 +167,7 @@ def test_sizes_are_cut_to_what_the_data_have_and_poles_come_last(data, tmp_path)
     )  # fmt: skip
     summary = made(sure(), less, Planted(), Memory())
     n = len(less.train.harmful)
-    assert [row["n_trained"] for row in summary["table"]] == [0, 4, n] and summary["table"][-1]["also_poles"] == summary["cells"]["pole_harmful"]
+    assert [row["n_trained"] for row in summary["models"]] == [0, 4, n] and summary["models"][-1]["also_poles"] == summary["cells"]["pole_harmful"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"harmful_{n}", "harmful_4"])
 
 

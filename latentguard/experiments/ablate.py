@@ -24,11 +24,11 @@ from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, cosine, mean_difference, random_like
 from latentguard.errors import InputError
-from latentguard.experiments import Row, opening
+from latentguard.experiments import Row, headline, opening
 from latentguard.interventions import Ablate, Add, Cell, Grid
 from latentguard.judges import Judge
 from latentguard.layers import check_layer, resolve_layers
-from latentguard.metrics import clustered_rate, mean, paired_difference, rate
+from latentguard.metrics import as_text, clustered_rate, mean, paired_difference, rate
 from latentguard.plots import ablation as plots
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
@@ -156,7 +156,9 @@ class _Ablation:
             "figures": ["ablation_selection", "ablation_refusal"],
             "effects": [],
         }
-        summary["claim"] = self._claim(summary, cast)
+        ablated = next(row for row in table if (row["condition"], row["label"]) == ("ablated", "harmful"))
+        told = "refusal with the refusal direction ablated, held-out harmful requests"
+        summary |= {"headline": headline(told, ablated, withheld=summary["status"] != "ok"), "claim": self._claim(summary, cast)}
         self._draw(candidates, unsteered, chosen, table, cast)
         return summary
 
@@ -337,8 +339,3 @@ def counted(draws: Sequence[Sequence[Judged]]) -> Row:
         "high": max(spread.high, spread.value),
         **about,
     }
-
-
-def as_text(row: Row) -> str:
-    """0.46 [0.33, 0.60] (n = 50)."""
-    return f"{row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}] (n = {row['n']})"

@@ -13,13 +13,15 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
 from latentguard.detectors import LatentGuard
-from latentguard.experiments import Row, effect, opening
+from latentguard.experiments import Row, effect, headline, opening
 from latentguard.judges import Judge
-from latentguard.metrics import Value, auroc, mean, pearson
+from latentguard.metrics import Value, as_text, auroc, mean, pearson
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
 from latentguard.roles import BEHAVING, FOUR, MISBEHAVING, Cast, Casting, Filled, find_places, held_out, shortfall, without_text
 from latentguard.trackers import Tracker
+
+AXES = ("harmful", "refuse")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -65,9 +67,8 @@ class Beliefs:
             for prompt, x, y in zip(prompts, harm.score(states.at(places[0], prompts)), refuse.score(states.at(places[1], prompts)), strict=True)
         ]
         tracker.rows([{"stage": "beliefs", **point} for point in points])
-        table = [self._line(group, points, filled) for group, filled in ({**cast.test, **broken}).items() if group in groups] + [
-            self._line(group, points, None) for group in cast.labelled if group in groups
-        ]
+        filled = dict.fromkeys(cast.labelled) | cast.test | broken
+        table = [_line(group, axis, points, filled[group]) for group in groups for axis in AXES]
         summary = opening("jailbreaks" if broken else "beliefs", backend, data, judge)
         summary |= {"poles": cast.poles, "cells": cast.counts() | {k: {"n": len(f), "asked": f.asked, "withheld": f.withheld} for k, f in broken.items()}}
         correlations = {} if broken else self._correlations(points)
@@ -81,24 +82,17 @@ class Beliefs:
             summary["effects"] = [_twelve(points, broken, cast)]
             summary["status"] = cast.withheld or ("" if any(not f.withheld for f in broken.values()) else "insufficient_base_rate") or "ok"
             summary["claim"] = _claim_broken(backend.name, table, broken, cast)
+            kind = "template" if "template" in broken else self.jailbreaks[0]
+            found = next(row for row in table if (row["group"], row["delta"]) == (kind, "harmful"))
+            short = bool(cast.withheld or broken[kind].withheld)
+            summary["headline"] = headline(f"mean Δ harmful of {kind} jailbreaks that succeed", found, withheld=short)
         else:
             summary["effects"] = [*_two_to_four(points, cast), _five(correlations, cast)]
             summary["status"] = cast.short(*FOUR) or "ok"
             summary["claim"] = _claim(backend.name, correlations, table, cast)
+            metric = "r(Δ harmful, Δ refuse) on misbehaving prompts"
+            summary["headline"] = headline(metric, correlations["misbehaving"], withheld=summary["status"] != "ok")
         return summary
-
-    def _line(self, group: str, points: list[Row], filled: Filled | None) -> Row:
-        harmful, refuse = (_column(points, axis, group) for axis in ("harmful", "refuse"))
-        line: Row = {"group": group, "n": len(harmful), "asked": filled.asked if filled else len(harmful), "withheld": filled.withheld if filled else ""}
-        for axis, values in (("harmful", harmful), ("refuse", refuse)):
-            found = mean(values)
-            line |= {
-                f"delta_{axis}": found.value,
-                f"{axis}_low": found.low,
-                f"{axis}_high": found.high,
-                f"{axis}_positive": float(np.mean(values > 0)) if len(values) else None,
-            }
-        return line
 
     def _correlations(self, points: list[Row]) -> dict[str, Value]:
         """Pearson's r over all, behaving and misbehaving prompts, and within groups (each group's mean taken off: what is left
@@ -108,9 +102,16 @@ class Beliefs:
         found = {name: pearson(_column(points, "harmful", *roles), _column(points, "refuse", *roles)) for name, roles in sets.items()}
         centred = [
             np.concatenate([_column(points, axis, role) - _column(points, axis, role).mean() for role in FOUR if len(_column(points, axis, role))])
-            for axis in ("harmful", "refuse")
+            for axis in AXES
         ]
         return found | {"within groups": pearson(*centred)}
+
+
+def _line(group: str, axis: str, points: list[Row], filled: Filled | None) -> Row:
+    """The mean Δ of a group; `filled` is None for a group by label."""
+    values = _column(points, axis, group)
+    about: Row = {"asked": filled.asked if filled else len(values), "withheld": filled.withheld if filled else ""}
+    return {"group": group, "delta": axis, **mean(values).as_dict(), "positive": float(np.mean(values > 0)) if len(values) else None, **about}
 
 
 def _about(prompt: Prompt) -> Row:
@@ -163,7 +164,7 @@ def _five(correlations: dict[str, Value], cast: Cast) -> Row:
 
 
 def _twelve(points: list[Row], broken: dict[str, Filled], cast: Cast) -> Row:
-    kinds = {kind: tuple(mean(_by_question(points, axis, kind)) for axis in ("harmful", "refuse")) for kind in broken}
+    kinds = {kind: tuple(mean(_by_question(points, axis, kind)) for axis in AXES) for kind in broken}
     told = "; ".join(f"{kind}: Δ harmful {h}, Δ refuse {r}" for kind, (h, r) in kinds.items())
     if "template" not in kinds or cast.withheld or broken["template"].withheld:
         return effect(12, None, None, f"too few successful jailbreaks or poles by label; {told}")
@@ -180,18 +181,16 @@ def _twelve(points: list[Row], broken: dict[str, Filled], cast: Cast) -> Row:
 
 def _claim(name: str, correlations: dict[str, Value], table: list[Row], cast: Cast) -> str:
     short = cast.short(*FOUR)
-    r = {key: f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}] (n = {value.n})" for key, value in correlations.items()}
-    at = {row["group"]: row for row in table}
-    told = ", ".join(f"{role.replace('_', ' ')} {_signed(at[role], 'harmful')}" for role in FOUR if at[role]["n"])
+    r = {key: as_text(value.as_dict(), sign="+") for key, value in correlations.items()}
+    at = {row["group"]: row for row in table if row["delta"] == "harmful"}
+    told = ", ".join(f"{role.replace('_', ' ')} {as_text(at[role], 3, '+')}" for role in FOUR if at[role]["n"])
     head = f"{name}: r(Δ harmful, Δ refuse) is {r['behaving']} on prompts that are answered as they should be and {r['misbehaving']} on the others; Δ harmful: {told}"
     return f"{head}." if not short else f"{head} — claim withheld ({short}: {shortfall(cast)})."
 
 
 def _claim_broken(name: str, table: list[Row], broken: dict[str, Filled], cast: Cast) -> str:
-    told = "; ".join(f"{row['group'].replace('_', ' ')}: Δ harmful {_signed(row, 'harmful')}, Δ refuse {_signed(row, 'refuse')}" for row in table if row["n"])
+    groups = dict.fromkeys(row["group"] for row in table if row["n"])
+    deltas = {group: ", ".join(f"Δ {row['delta']} {as_text(row, 3, '+')}" for row in table if row["group"] == group) for group in groups}
+    told = "; ".join(f"{group.replace('_', ' ')}: {said}" for group, said in deltas.items())
     short = [f"{len(f)} {kind} of {f.asked} asked" for kind, f in broken.items() if f.withheld] + ([shortfall(cast)] if cast.withheld else [])
     return f"{name}: jailbreaks that succeed, beside refused harmful requests — {told}" + (f" — withheld where short: {', '.join(short)}." if short else ".")
-
-
-def _signed(row: Row, axis: str) -> str:
-    return f"{row[f'delta_{axis}']:+.3f} [{row[f'{axis}_low']:+.3f}, {row[f'{axis}_high']:+.3f}] (n = {row['n']})"

@@ -18,10 +18,10 @@ from latentguard.datasets import Dataset
 from latentguard.detectors import LatentGuard, Projection
 from latentguard.directions import Activations, Direction, mean_difference
 from latentguard.errors import InputError
-from latentguard.experiments import Row, effect, opening
+from latentguard.experiments import Row, effect, headline, opening
 from latentguard.interventions import Cell, Grid, steering_grid
 from latentguard.judges import Judge
-from latentguard.metrics import Value, auroc, mean, split_half
+from latentguard.metrics import Value, as_text, auroc, mean, split_half
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, inverted
 from latentguard.roles import dealt, find_places
@@ -29,6 +29,7 @@ from latentguard.settings import check_counts, check_seed, check_window
 from latentguard.trackers import Tracker
 
 KINDS = ("harm", "refuse")
+_CEILING = 0.3  # of the split halves: under it a category has no direction to compare
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -211,10 +212,15 @@ class Categories:
             for kind, word in (("harm", "harmfulness"), ("refuse", "refusal"))
         )
         why = f"mean pairwise cosine of refusal directions − that of harmfulness directions (asked: .1 and more), over {len(pairs['harm'])} pairs, categories resampled; {told}"
-        claim = f"{name}: mean pairwise cosine of {len(matrices['harm'])} categories' directions: {told}; AUROC on own test prompts {np.mean(own):.2f}, on other categories' {np.mean(other):.2f}."
+        solid = min(ceilings.values()) >= _CEILING
+        claim = (
+            f"{name}: mean pairwise cosine of {len(matrices['harm'])} categories' directions: {told}; refusal − harmfulness {as_text(gap.as_dict(), sign='+')}; "
+            f"AUROC on own test prompts {np.mean(own):.2f}, on other categories' {np.mean(other):.2f}"
+        )
         return {
-            "effects": [effect(11, gap.value >= 0.1 if min(ceilings.values()) >= 0.3 else None, Value(gap.value, gap.low, gap.high, gap.n), why)],
-            "claim": claim,
+            "effects": [effect(11, gap.value >= 0.1 if solid else None, gap, why)],
+            "headline": headline("cosine between categories' directions, mean over pairs, refusal − harmfulness", gap, withheld=not solid),
+            "claim": f"{claim}." if solid else f"{claim} — claim withheld: two halves of a category's own prompts agree to less than {_CEILING}.",
             "ceilings": ceilings,
         }
 

@@ -15,9 +15,9 @@ from latentguard.backends import Backend
 from latentguard.datasets import Dataset
 from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
-from latentguard.experiments import Row, effect, opening
+from latentguard.experiments import Row, effect, headline, opening
 from latentguard.judges import Judge
-from latentguard.metrics import Rate, auroc, rate, tpr_at_fpr
+from latentguard.metrics import Rate, Value, as_text, auroc, rate, tpr_at_fpr
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
 from latentguard.roles import FOUR, Cast, Casting, dealt, find_places
@@ -94,6 +94,8 @@ class Detect:
         summary |= {"validated_layer": layer, "n_centroids": {"harmful": len(high), "harmless": len(cast.low)}, "figures": ["latent_guard"]}
         summary["status"] = cast.withheld or next((why for _, why in asked.values() if why), "") or "ok"
         summary |= {"effects": [_fourteen(table)] if seen else [], "claim": self._claim(backend.name, table, asked, cast)}
+        metric = "AUROC of Latent Guard, held-out harmful against harmless"
+        summary["headline"] = headline(metric, _area(table, "latent_guard"), "higher", withheld=bool(cast.withheld))
         poles = cast.caveat
         tracker.figure("latent_guard", plots.detectors_by_group(table, title=f"{backend.name}: detectors on held-out prompts{poles}"), table)
         return summary
@@ -149,14 +151,14 @@ class Detect:
     def _claim(self, name: str, table: list[Row], asked: dict, cast: Cast) -> str:
         at = {(row["detector"], row["group"]): row for row in table}
         told = [
-            f"{group.replace('_', ' ')} {row['is']} {row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}] (n = {row['n']})"
+            f"{group.replace('_', ' ')} {row['is']} {as_text(row)}"
             for group in ("accepted_harmful", "refused_harmless", "refused_harmful", "accepted_harmless", *JAILBREAKS)
             if (row := at.get(("latent_guard", group)))
         ]
         areas = [
-            f"{detector.replace('_', ' ')} {at[detector, 'harmful']['auroc']:.2f}"
+            f"{detector.replace('_', ' ')} {as_text(area.as_dict())}"
             for detector in ("latent_guard", "last_token", "ngram")
-            if "auroc" in at.get((detector, "harmful"), {})
+            if (area := _area(table, detector))
         ]
         short = [f"{group.replace('_', ' ')}: {len_} asked" for group, (len_, why) in asked.items() if why]
         tail = f" — withheld where short ({', '.join(short)})" if short else ""
@@ -166,6 +168,12 @@ class Detect:
 def _by_states(detector: Any, states: Activations, position: str = "") -> Scores:
     where = position or detector.position
     return lambda prompts: detector.score(states.at(where, prompts)).numpy()
+
+
+def _area(table: list[Row], detector: str) -> Value | None:
+    """AUROC on the harmful prompts by label."""
+    row = next((row for row in table if (row["detector"], row["group"]) == (detector, "harmful") and "auroc" in row), None)
+    return Value(row["auroc"], row["auroc_low"], row["auroc_high"], row["n"] + row["n_harmless"]) if row else None
 
 
 def _once(prompts: Sequence[Prompt]) -> list[Prompt]:

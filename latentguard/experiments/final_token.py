@@ -19,7 +19,7 @@ from latentguard.datasets import Dataset, load_dataset
 from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
 from latentguard.errors import InputError
-from latentguard.experiments import Row, opening
+from latentguard.experiments import Row, headline, opening
 from latentguard.judges import Judge
 from latentguard.metrics import Value, auroc, mean
 from latentguard.positions import parse_position
@@ -108,7 +108,7 @@ class FinalToken:
             means += self._means(states, sets, fit, terminal, tracker)
         summary = opening("final_token", backend, data, judge)
         summary |= {"poles": "label", "table": table, "means": means, "final_marks": marks, "fitted_on": list(fit), "effects": []}
-        summary |= {"figures": ["final_token", "final_token_means"], "claim": self._claim(backend.name, table)}
+        summary |= {"figures": ["final_token", "final_token_means"], "headline": self._headline(table), "claim": self._claim(backend.name, table)}
         tracker.figure(
             "final_token", plots.detectors_by_terminal(table, title=f"{backend.name}: detectors with the final mark kept, stripped, and made equal"), table
         )
@@ -163,6 +163,14 @@ class FinalToken:
             tracker.rows(_scored(prompts, s, terminal, "mean_separation", position, name))
             found.append({"terminal": terminal, "set": name, "harmful": prompts[0].harmful, "position": position, **mean(s).as_dict(), "fitted": name in fit})
         return found
+
+    def _headline(self, table: list[Row]) -> Row:
+        """Latent Guard with one final mark for all, where there is one: across data sets, or within where there is one pair."""
+        terminal = "period" if "period" in self.terminals else self.terminals[-1]
+        rows = [r for r in table if (r["detector"], r["position"], r["terminal"]) == ("latent_guard", self.positions[0], terminal)]
+        found = {row["kind"]: row for row in rows}
+        kind = "across" if "across" in found else "within"
+        return headline(f"AUROC of Latent Guard {kind} data sets, final mark {terminal}, at {self.positions[0]}", found.get(kind), "higher")
 
     def _claim(self, name: str, table: list[Row]) -> str:
         def area(detector: str, position: str, terminal: str, kind: str) -> str:

@@ -18,7 +18,7 @@ from latentguard.behaviour import Shares, answer_tokens
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, mean_difference, random_like
 from latentguard.errors import InputError
-from latentguard.experiments import Row, effect, opening
+from latentguard.experiments import Row, effect, headline, opening
 from latentguard.interventions import Cell, Grid, steering_grid
 from latentguard.judges import Judge
 from latentguard.layers import check_layer, resolve_layers
@@ -134,7 +134,8 @@ class _Inversion:
             summary["by_position"] = self._by_position(states, cast, validated)
             summary["figures"] += ["inversion_by_position"]
         summary["effects"] = [*self._effects(curves, table, follows, validated)]
-        summary["claim"] = self._claim(table, baseline, follows, cast)
+        summary["claim"] = self._claim(table, follows, cast)
+        summary["headline"] = self._headline(table, withheld=bool(cast.withheld) or not follows)
         return summary
 
     def _openings(self, cast: Cast) -> dict[str, set[int]]:
@@ -245,7 +246,8 @@ class _Inversion:
                 line |= {"layer": cell.tags.get("layer"), "coef": cell.tags.get("coef"), "draw": cell.tags.get("draw")}
                 line |= {f"p_{name}": share for name, share in _shares(shares).items()}
                 line |= {f"text_{name}": answers.count(name) / len(answers) for name in ANSWERS}
-                kept = rate([answer == RIGHT[side] for answer in answers])
+                right, kept = mean(shares[:, ANSWERS.index(RIGHT[side])]), rate([answer == RIGHT[side] for answer in answers])
+                line |= {"p_right": right.value, "p_right_low": right.low, "p_right_high": right.high}
                 table.append({**line, "right": RIGHT[side], "rate": kept.rate, "low": kept.low, "high": kept.high})
         return table
 
@@ -319,11 +321,17 @@ class _Inversion:
         ten = effect(10, abs(bound) < abs(free) / 2 if abs(free) >= 0.2 else None, Value(bound, float("nan"), float("nan"), base["harmless"]["n"]), why)
         return [nine, ten]
 
-    def _claim(self, table: list[Row], baseline: Row, follows: bool, cast: Cast) -> str:
+    def _headline(self, table: list[Row], *, withheld: bool) -> Row:
+        row = next(r for r in table if (r["label"], r["direction"], r["tokens"]) == ("harmless", "+harm", "paper"))
+        found = Value(row["p_right"], row["p_right_low"], row["p_right_high"], row["n"])
+        return headline("P(no), the fitting answer, with + harm at its validated cell, held-out harmless requests", found, withheld=withheld)
+
+    def _claim(self, table: list[Row], follows: bool, cast: Cast) -> str:
         def at(side: str, name: str) -> str:
             rows = [r for r in table if r["label"] == side and r["direction"] == name and r["tokens"] in ("paper", "")]
             where = f" at layer {rows[0]['layer']}" if rows[0]["layer"] is not None else ""
-            return f"{np.mean([r[f'p_{RIGHT[side]}'] for r in rows]):.2f}{where}"
+            spread = f" [{rows[0]['p_right_low']:.2f}, {rows[0]['p_right_high']:.2f}]" if len(rows) == 1 else ""  # of several draws: their mean
+            return f"{np.mean([r['p_right'] for r in rows]):.2f}{spread}{where}"
 
         told = "; ".join(
             f"P({RIGHT[side]}) of {side} requests (n = {len(self.prompts['test'][side])}): {at(side, 'none')}, "

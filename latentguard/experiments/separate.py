@@ -15,9 +15,9 @@ from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset
 from latentguard.detectors import LatentGuard
 from latentguard.directions import Activations
-from latentguard.experiments import Row, opening
+from latentguard.experiments import Row, headline, opening
 from latentguard.judges import Judge
-from latentguard.metrics import mean, split_half
+from latentguard.metrics import as_text, mean, split_half
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt
 from latentguard.roles import FOUR, Cast, Casting, find_places, held_out, shortfall, without_text
@@ -77,6 +77,9 @@ class Separate:
         summary = opening("clusters" if self.show == "layers" else "positions", backend, data, judge)
         summary |= {"poles": cast.poles, "cells": cast.counts(), "table": table, "ceiling": self._ceiling(states, cast, positions, inside)}
         summary["status"] = cast.short(*FOUR) or "ok"
+        where = "t_inst" if "t_inst" in positions else positions[0]
+        main = next((row for row in table if (row["position"], row["group"]) == (where, "accepted_harmful")), None)
+        summary["headline"] = headline(f"mean s of accepted harmful requests at {where}", main, withheld=summary["status"] != "ok")
         summary |= {"figures": [self._draw(tracker, rows, table, backend, cast)], "effects": [], "claim": self._claim(backend, cast, table)}
         return summary
 
@@ -113,7 +116,9 @@ class Separate:
         at = {(row["position"], row["group"]): row for row in table}
         told = []
         for position in dict.fromkeys(row["position"] for row in table):
-            named = [f"{role.replace('_', ' ')} {_signed(at[position, role])}" for role in ("accepted_harmful", "refused_harmless") if (position, role) in at]
+            named = [
+                f"{role.replace('_', ' ')} {as_text(at[position, role], 3, '+')}" for role in ("accepted_harmful", "refused_harmless") if (position, role) in at
+            ]
             told.append(f"at {position}: {', '.join(named) or 'no misbehaving prompt'}")
         short = cast.short(*FOUR)
         head = f"{backend.name}: mean s over layers {table[0]['layers']}, " + "; ".join(told)
@@ -122,10 +127,6 @@ class Separate:
 
 def _withheld(cast: Cast, group: str) -> str:
     return cast.test[group].withheld if group in cast.test else ""
-
-
-def _signed(row: Row) -> str:
-    return f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] (n = {row['n']})"
 
 
 def _scored(prompt: Prompt, position: str, group: str, values: np.ndarray, inside: list[int]) -> Row:

@@ -5,8 +5,9 @@ kept before the next begins, and a study that cannot run here does not stop the 
 """
 
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict
@@ -15,9 +16,10 @@ from pydantic.dataclasses import dataclass
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
 from latentguard.errors import InputError
-from latentguard.experiments import Row, opening
+from latentguard.experiments import Row, headline, opening
 from latentguard.judges import Judge
-from latentguard.report import write_page
+from latentguard.pace import pace
+from latentguard.report import write_report
 from latentguard.trackers import Tracker, Within
 
 log = logging.getLogger(__name__)
@@ -62,12 +64,13 @@ class Series:
         for name, why in left_out.items():
             log.info("%s is skipped: %s", name, why)
         done: dict[str, Row] = {}
-        for number, (name, study) in enumerate(self.studies.items(), 1):
+        began, going = time.monotonic(), [name for name in self.studies if name not in left_out]
+        for name, study in self.studies.items():
             if name in left_out:
                 done[name] = {"study": name, "status": "skipped", "why": left_out[name]}
                 continue
-            log.info("\n[%d/%d] %s", number, len(self.studies), name)
-            started, part = time.monotonic(), Within(tracker, name)
+            started, part, place = time.monotonic(), Within(tracker, name), going.index(name)
+            log.info("\n[%d/%d] %s%s", place + 1, len(going), name, pace(started - began, place, len(going) - place))
             try:
                 summary = study(backend, data, judge, part)
             except InputError as error:  # the others still run
@@ -78,24 +81,27 @@ class Series:
             log.info("%s\n(%.0f s)", summary.get("claim", summary.get("why")), summary["seconds"])
             tracker.summary({**opening(self.name, backend, data, judge), "studies": done})
             if self.page:
-                tracker.page(lambda folder: write_page(folder, backend.name, _shown(done)))
+                try:
+                    tracker.page(write_report)
+                except InputError as error:  # the page is not what the run is for
+                    log.warning("report.html is not written: %s", error)
         parts = [summary for summary in done.values() if summary["status"] in ("ok", "insufficient_base_rate")]
         whole = {
             "status": "ok" if parts else "failed",
             "figures": [name for part in parts for name in part["figures"]],
             "table": parts[0]["table"] if parts else [],
         }
-        claim = self._claim(backend.name, done)
+        verdicts = [effect["verdict"] for summary in done.values() for effect in summary.get("effects", [])]
+        tested = len(verdicts) - verdicts.count("not testable here")
+        count = {"value": verdicts.count("holds"), "low": math.nan, "high": math.nan, "n": tested} if tested else None
+        whole["headline"] = headline("effects of the paper that hold, of n that were testable", count)
+        whole["headlines"] = {name: summary["headline"] for name, summary in done.items() if "headline" in summary}
+        claim = self._claim(backend.name, done, verdicts)
         return {**opening(self.name, backend, data, judge), **whole, "studies": done, "claim": claim, "why": claim}
 
-    def _claim(self, model: str, done: Mapping[str, Row]) -> str:
-        verdicts = [effect["verdict"] for summary in done.values() for effect in summary.get("effects", [])]
+    def _claim(self, model: str, done: Mapping[str, Row], verdicts: Sequence[str]) -> str:
         counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("holds", "does not hold", "not testable here"))
         ran = [name for name, summary in done.items() if summary["status"] in ("ok", "insufficient_base_rate")]
         times = ", ".join(f"{name} {done[name]['seconds']:.0f} s" for name in ran)
         odd = "; ".join(f"{name} {summary['status']}: {summary['why']}" for name, summary in done.items() if name not in ran)
         return f"{model}: {len(ran)} of {len(done)} studies ran ({times}); verdicts on the paper's effects: {counts}" + (f". {odd}" if odd else ".")
-
-
-def _shown(done: Mapping[str, Row]) -> dict[str, Row]:
-    return {name: {**summary, "study": summary.get("study", name)} for name, summary in done.items()}

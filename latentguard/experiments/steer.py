@@ -6,8 +6,7 @@ tracker's kind, and no other experiment.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from pydantic import ConfigDict
@@ -15,16 +14,16 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
-from latentguard.behaviour import Cells, CleanRun, Damage, Judged, RefusalLogOdds, screen
+from latentguard.behaviour import Cells, CleanRun, Damage, Judged, RefusalLogOdds, counted, screen
 from latentguard.controls import cosine_by_layer, shuffled_labels
 from latentguard.datasets import Dataset
 from latentguard.directions import Direction, mean_difference, random_like
 from latentguard.errors import InputError
-from latentguard.experiments import Row, effect, opening
+from latentguard.experiments import Row, effect, headline, opening
 from latentguard.interventions import Cell, Grid, When, steering_grid
 from latentguard.judges import Judge, Verdict
 from latentguard.layers import check_layer, resolve_layers
-from latentguard.metrics import Rate, Value, clustered_rate, rate
+from latentguard.metrics import Value, as_text, clustered_rate, rate
 from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, digest
 from latentguard.roles import Casting, find_places, said
@@ -161,12 +160,13 @@ class _Run:
                 }
                 for name, row in reported.items()
             ],
-            "figures": ["refusal_by_layer", "refusal_by_coefficient", "cosine_by_layer"],
+            "figures": ["refusal_by_layer", "refusal_heat", "refusal_by_coefficient", "cosine_by_layer"],
         }
         self._draw(grid, baseline["harmless"], chosen, withheld)
         figure = plots.cosine_by_layer(cosines, title=f"{self.backend.name}: cosine of v_harm and v_refuse" + cast.caveat, depth=self.backend.n_layers)
         self.tracker.figure("cosine_by_layer", figure, cosines)
         summary["effects"] = self._effects(summary, alike, withheld)
+        summary["headline"] = headline(f"refusal with + {study} at its validated cell, held-out harmless requests", reported[study], withheld=bool(withheld))
         summary["claim"] = self._claim(summary, withheld)
         return summary
 
@@ -296,6 +296,7 @@ class _Run:
         caveat = self.cast.caveat
         title = f"{self.backend.name}: steering harmless requests ({self.set.when}){caveat}"
         self.tracker.figure("refusal_by_layer", plots.refusal_by_layer(grid, base, title=title, depth=self.backend.n_layers), grid)
+        self.tracker.figure("refusal_heat", plots.refusal_heat(grid, base, title=title, depth=self.backend.n_layers), grid)
         main = self.set.direction
         layers = {name: row["layer"] for name, row in chosen.items()} | {"random": chosen[main]["layer"]}
         by_coef = [row for row in grid if row["layer"] == layers[row["direction"]]]
@@ -383,16 +384,3 @@ def plain(data: Dataset, split: str) -> list[Prompt]:
     """Harmless prompts of the accepted-harmless role, look-alikes left out where there are others."""
     prompts = data.role("accepted_harmless", split)
     return [p for p in prompts if not p.lookalike] or prompts
-
-
-def counted(verdicts: Sequence[Verdict]) -> Row:
-    """Refusal rate with n and interval; degenerate replies count in n, as neither, and are given apart."""
-    refused: Rate = rate([v.label == "refused" for v in verdicts])
-    degenerate = rate([v.label == "degenerate" for v in verdicts])
-    return {**refused.as_dict(), "degenerate": degenerate.k, "degenerate_rate": degenerate.rate}
-
-
-def as_text(row: Row) -> str:
-    """0.46 [0.33, 0.60] (n = 50)."""
-    fields = {key: row[key] for key in ("k", "n", "rate", "low", "high")}
-    return str(replace(rate([]), **fields))

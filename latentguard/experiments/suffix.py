@@ -11,12 +11,13 @@ from pydantic.dataclasses import dataclass
 
 from latentguard import plots
 from latentguard.backends import Backend
+from latentguard.behaviour import counted
 from latentguard.datasets import Dataset
 from latentguard.errors import InputError
-from latentguard.experiments import Row, effect, opening
+from latentguard.experiments import Row, effect, headline, opening
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge, Verdict
-from latentguard.metrics import base_rate_gate, paired_difference, rate
+from latentguard.metrics import Value, as_text, base_rate_gate, paired_difference
 from latentguard.prompts import Prompt
 from latentguard.roles import dealt, said
 from latentguard.settings import check_counts, check_seed
@@ -56,18 +57,7 @@ class Suffix:
             verdicts = {form: self._verdicts(backend, chosen, form, name, judge, tracker) for form in FORMS}
             refused = {form: [v.label == "refused" for v in said_] for form, said_ in verdicts.items()}
             drops[name] = paired_difference(refused["with"], refused["without"])
-            for form in FORMS:
-                odd = rate([v.label == "degenerate" for v in verdicts[form]])
-                table.append(
-                    {
-                        "set": name,
-                        "harmful": bool(chosen[0].harmful),
-                        "form": form,
-                        **rate(refused[form]).as_dict(),
-                        "degenerate": odd.k,
-                        "degenerate_rate": odd.rate,
-                    }
-                )
+            table += [{"set": name, "harmful": bool(chosen[0].harmful), "form": form, **counted(verdicts[form])} for form in FORMS]
         summary = opening("suffix", backend, data, judge)
         own = {p.source for p in data.role("refused_harmful")}
         first = next(name for name, prompts in sets.items() if prompts[0].harmful and prompts[0].source in own)
@@ -80,9 +70,12 @@ class Suffix:
         why = f"refusal on {first} with − without the post-instruction tokens, paired (asked: above 0); without them {silent:.0%} of the replies say nothing or are degenerate"
         testable = refuses and silent <= 0.5
         summary["effects"] = [effect(1, drop.low > 0 if testable else None, drop, why)]
+        changes = {name: Value(0.0 - fall.value, 0.0 - fall.high, 0.0 - fall.low, fall.n).as_dict() for name, fall in drops.items()}
+        metric = f"change of refusal without the post-instruction tokens, {first}"
+        summary["headline"] = headline(metric, changes[first], withheld=not testable)
         told = "; ".join(
-            f"{name} {at[name, 'with']['rate']:.2f} → {at[name, 'without']['rate']:.2f} (difference {-drops[name].value:+.2f} [{-drops[name].high:+.2f}, {-drops[name].low:+.2f}], n = {at[name, 'with']['n']})"
-            for name in sets
+            f"{name} {at[name, 'with']['rate']:.2f} → {at[name, 'without']['rate']:.2f} (difference {as_text(change, sign='+').replace(' (', ', ')}"
+            for name, change in changes.items()
         )
         held = "" if refuses else f" — claim withheld (insufficient_base_rate: {before['k']} of {before['n']} refused)"
         if refuses and silent > 0.5:
