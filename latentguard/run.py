@@ -5,7 +5,10 @@ Imports nothing heavy: `--help` and a mistyped option are answered without torch
 
 import contextlib
 import logging
+import math
 import os
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,6 +44,7 @@ Three commands that work:
   python -m latentguard.run -m model=llama2,llama3,qwen2 exp=steer_harm,steer_refusal
                                                                      six jobs, each model loaded once
 Your own:   model.id=ORG/NAME or /a/folder    data=file data.path=prompts.jsonl
+What each option is: python -m latentguard.choices
 To look:    --cfg job (all settings)    --info defaults    latentguard --shell-completion install=bash
 Results:    runs/<time>_<exp>_<model>/ : summary.json, rows.jsonl, figures/, directions/, run.log
 Stopped:    resume=FOLDER of a run, or of a sweep: repeats what was asked there and runs what is not done
@@ -52,13 +56,15 @@ Exit codes: 0 done, 1 failed (in a sweep: any job, whatever for), 2 bad input (s
 
 def job(cfg: DictConfig) -> Any:
     """One run, or one job of a sweep, in which a failure is the job's own: the sweep reports it and goes on."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     _state["started"] = True
     hydra_cfg = HydraConfig.get()
     many, folder = hydra_cfg.mode == RunMode.MULTIRUN, Path(hydra_cfg.runtime.output_dir)
     try:
         if many and finished(folder):
             raise InputError(f"{folder} holds a finished job: go on with its sweep by resume=FOLDER, or name another hydra.sweep.dir")
-        with alone(folder / "run.log"):
+        with alone(folder / "run.log"), logging_redirect_tqdm():  # a line of the log goes above a bar, not through it
             return run(cfg)
     except InputError as error:
         if many:
@@ -131,12 +137,35 @@ def run(cfg: DictConfig) -> Any:
         environment = {**_environment(), "backend": backend.key(), "data": {"hash": data.hash, **data.card}, "seed": cfg.seed, "command": sys.argv}
         environment |= {"choices": choices, "model": spec.name, "model_card": spec.card, "licence": spec.licence}
         tracker.write_json("environment.json", environment)
+        _lineage(tracker, backend, spec, data)
         summary = experiment(backend, data, judge, tracker)
         tracker.write_json("environment.json", {**environment, "peak_memory_bytes": peak_memory()})
         summary = {**summary, "remote": usage.numbers()} if usage else summary
         tracker.summary({**summary, "seconds": round(time.monotonic() - started, 1)})
-    log.info("\n%s\nLook at %s", summary["claim"], shown(folder / "figures"))
-    return summary.get("objective")
+        _page(tracker)
+    _tell(summary, folder)
+    return summary.get("objective", summary.get("headline", {}).get("value"))
+
+
+def _tell(summary: dict, folder: Path) -> None:
+    """What the terminal shows at the end, and run.log keeps: the numbers, the claim, where to look."""
+    from latentguard.tables import as_text, found
+
+    width = min(100, shutil.get_terminal_size((100, 24)).columns) if sys.stdout.isatty() else 100
+    rows = found(summary)
+    table = as_text(rows, width, limit=len(rows) if "headlines" in summary else 12)
+    places = " and ".join(str(shown(path)) for path in (folder / "report.html", folder / "figures") if path.exists())
+    log.info("%s\n%s\nLook at %s", f"\n{table}\n" if table else "", summary["claim"], places)
+
+
+def _page(tracker: "Files") -> None:
+    """report.html; that it cannot be written takes nothing from the run."""
+    from latentguard.report import write_report
+
+    try:
+        tracker.page(write_report)
+    except InputError as error:
+        log.warning("report.html is not written: %s", error)
 
 
 def _build(node: DictConfig, where: str) -> Any:
@@ -155,6 +184,11 @@ def _build(node: DictConfig, where: str) -> Any:
             raise InputError(problem(where, cause)) from None
         if isinstance(cause, ValueError | TypeError):
             raise InputError(f"{where}: {cause}") from None
+        if str(error).startswith("Error locating target"):
+            target = str(error).split("'")[1]
+            raise InputError(
+                f"{where}._target_={target}: nothing of that name can be imported ({cause}); put its module on PYTHONPATH, or mend the name"
+            ) from None
         raise
 
 
@@ -198,9 +232,12 @@ def _check(plain: dict) -> None:
             raise InputError(f"tracker.mode={tracker['mode']!r}: choose online, offline or disabled, or leave it null")
         if not isinstance(tracker["tags"], list):
             raise InputError(f"tracker.tags={tracker['tags']!r}: give a list, [a,b]")
+        if isinstance(limit := tracker["patience"], bool) or not isinstance(limit, int | float) or not 0 <= limit < math.inf:
+            raise InputError(f"tracker.patience={limit!r}: give a number of seconds, or 0 to wait as long as it takes")
 
 
 def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: str) -> "Files":
+    from latentguard.choices import told
     from latentguard.trackers import Files, Wandb
 
     settings = dict(plain["tracker"])
@@ -209,8 +246,25 @@ def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: st
     sweep = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode == RunMode.MULTIRUN else None
     words = [word for word in hydra_cfg.overrides.task if not word.startswith(("model=", "exp=", "tracker"))]
     name = " · ".join([model, choices["exp"], *words])
-    config = {**choices, "model": model, "seed": plain["seed"], "cfg": plain}
+    keys = [word.lstrip("+").partition("=")[0] for word in words if not word.startswith("~")]
+    changed = {key: OmegaConf.select(OmegaConf.create(plain), key) for key in keys if "." in key}
+    flat = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in changed.items()}
+    config = {**choices, "model": model, "seed": plain["seed"], **flat, "commit": _environment()["commit"], "cfg": plain}
+    about = told("exp", choices["exp"]) if choices["exp"] in options("exp") else ""
+    section = re.search(r"§[\d.]*\d|App\. [A-Z]", about)
+    family = re.match("[a-z]+", model.lower())
+    settings["tags"] = [choices["exp"], *(found[0] for found in (family, section) if found), *settings["tags"]]
     return Wandb(folder, config=config, name=name, group=sweep, job_type=choices["exp"], **settings)
+
+
+def _lineage(tracker: "Files", backend: Any, spec: Any, data: Any) -> None:
+    """What the run works with, without a prompt's text."""
+    splits = {split: getattr(data, split) for split in ("train", "validation", "test")}
+    counts = {split: len(prompts) for split, prompts in splits.items()}
+    ids = {split: [prompt.id for prompt in prompts] for split, prompts in splits.items()}
+    tracker.used("dataset", data.name, {"name": data.name, "hash": data.hash, "counts": counts, "card": data.card, "ids": ids})
+    weights = {key: getattr(spec, key) for key in ("id", "revision", "licence", "card")}
+    tracker.used("model", spec.name, {"name": spec.name, "weights": backend.weights, "n_layers": backend.n_layers, **weights})
 
 
 def _show_positions(backend: Any, data: Any) -> None:

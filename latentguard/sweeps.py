@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from latentguard.errors import InputError
+from latentguard.pace import pace
 
 log = logging.getLogger(__name__)
 # Whether a job has begun (what Hydra refuses before is bad input), and whether `resumed` moved to another folder.
@@ -37,6 +39,7 @@ state = {"started": False, "moved": False}
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/", category=UserWarning)
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+_so_far: dict[str, Any] = {}  # of the jobs that this process runs: when the first began, how many there are, how many have ended
 _AT_ONCE = 2  # a local submitit sweep would start all its jobs at once
 # What may be said anew when a sweep goes on: how jobs are run, not what they are.
 _LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
@@ -97,6 +100,8 @@ class Sweeps(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Forget an earlier attempt's failure; beside other local submitit jobs, take a share of the cores (before torch is imported)."""
         (Path(config.hydra.runtime.output_dir) / "failure.json").unlink(missing_ok=True)
+        if config.hydra.mode == RunMode.MULTIRUN and (Path(config.hydra.sweep.dir) / "jobs.json").is_file():
+            log.info("\n%s", _place(config.hydra.job.num, len(_jobs(Path(config.hydra.sweep.dir)))))
         if config.hydra.mode == RunMode.MULTIRUN and config.hydra.launcher._target_ == _LOCAL:
             at_once = OmegaConf.select(config, "hydra.sweeper.max_batch_size") or _AT_ONCE
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
@@ -106,6 +111,7 @@ class Sweeps(Callback):
 
         Other sweepers than the basic one ask each job for its objective, and are told of the failure as Hydra tells it.
         """
+        _so_far["ended"] = _so_far.get("ended", 0) + 1
         if job_return.status != JobStatus.FAILED:
             return
         error, folder = job_return._return_value, Path(config.hydra.runtime.output_dir)
@@ -180,6 +186,7 @@ class ModelByModel(Sweeper):
         if again:
             self.validate_batch_is_legal([job["overrides"] for job in left])
         state["started"] = True
+        _so_far.update(since=time.monotonic(), asked=len(left), ended=0)
         size = self.max_batch_size or (_AT_ONCE if self.config.hydra.launcher._target_ == _LOCAL else len(left))
         returns = []
         try:
@@ -188,6 +195,7 @@ class ModelByModel(Sweeper):
                 returns.append(self.launcher.launch([job["overrides"] for job in batch], Numbers([job["number"] for job in batch])))
         finally:
             undone = _tell(folder, jobs)
+            _page(folder)
         if undone:
             raise SystemExit(1)
         return returns
@@ -295,6 +303,22 @@ def _write(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _place(number: int, jobs: int) -> str:
+    """As "job 3 of 12 · #2", and where jobs run one after the other in this process, how long so far and still."""
+    told = pace(time.monotonic() - _so_far["since"], _so_far["ended"], _so_far["asked"] - _so_far["ended"]) if "since" in _so_far else ""
+    return f"job {number + 1} of {jobs} · #{number}{told}"
+
+
+def _page(folder: Path) -> None:
+    """The sweep's report.html, of the jobs that have left anything."""
+    from latentguard.report import write_report
+
+    try:
+        print(f"Look at {shown(write_report(folder))}")
+    except InputError as error:
+        print(f"report.html is not written: {error}", file=sys.stderr)
 
 
 def _tell(folder: Path, jobs: list[dict]) -> int:

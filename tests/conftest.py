@@ -50,7 +50,7 @@ def prompts():
     return [Prompt.of(text, harmful=k % 2 == 0, id=f"t{k}") for k, text in enumerate(texts)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def python():
     """The interpreter with the package on its path, whatever folder a test runs in."""
     env = {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "200"}

@@ -12,7 +12,7 @@ PACKAGE = REPO / "latentguard"
 LEVELS = {
     4: {"run", "sweeps", "bench"},
     3: {"experiments"},
-    2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "report"},
+    2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "report", "tables"},
     1: {"backends", "families", "weights", "templates"},
     0: {
         "prompts",
@@ -26,11 +26,14 @@ LEVELS = {
         "directions",
         "metrics",
         "plots",
+        "charts",
         "trackers",
         "errors",
         "fingerprints",
         "layers",
         "caches",
+        "pace",
+        "choices",
         "packs",
         "shelf",
         "stock",
@@ -43,6 +46,7 @@ ONLY_IN = {
     "nnsight": ("backends",),
     "transformers": ("backends", "weights", "tuning", "bench"),  # bench: the floors are plain transformers
     "wandb": ("trackers", "report"),
+    "wandb_workspaces": ("report",),
     "hydra": ("run", "sweeps"),
     "omegaconf": ("run", "sweeps"),
 }

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import weakref
@@ -97,6 +98,19 @@ def test_a_model_is_never_loaded_again_whatever_the_order_typed(run_here, own, m
     assert len([model for model, _ in itertools.groupby(seen)]) == len(set(seen)) == models
 
 
+def test_each_job_says_its_place_and_once_there_is_something_to_tell_it_from_how_long_is_left(run_here, own, monkeypatch, tmp_path):
+    from latentguard import run as door
+
+    monkeypatch.setattr(door, "run", lambda cfg: None)
+    said = run_here("-m", *own, "model=tiny", "seed=1,2,3", f"hydra.sweep.dir={tmp_path}/sweep")
+    places = [line for line in said.stdout.splitlines() if line.startswith("job ")]
+    assert places[0] == "job 1 of 3 · #0"
+    for line, number in zip(places[1:], (1, 2), strict=True):
+        assert re.fullmatch(rf"job {number + 1} of 3 · #{number} · \d+ s so far, about \d+ s left at this pace", line)
+        assert line in next((tmp_path / "sweep").glob(f"{number}_*")).joinpath("run.log").read_text()
+    assert "job " not in run_here(*own, "model=tiny", f"hydra.run.dir={tmp_path}/alone").stdout
+
+
 def test_one_model_at_a_time_each_loaded_once_also_after_failures(run_here, own, monkeypatch, tmp_path):
     from latentguard.backends import loading
 
@@ -136,7 +150,7 @@ def test_resume_runs_what_is_missing_in_the_same_folders(run_here, own, tmp_path
     words = ["-m", *own, "model=tiny", "exp.n=1,2,3,4", "hydra.verbose=[x]", f"hydra.sweep.dir='{sweep}'"]
     monkeypatch.setenv("INTERRUPT_AT", "3")
     said = run_here(*words, f"exp.needs={needed}")
-    assert said.returncode == 130 and "0 of 4 jobs done" in said.stdout and [line.split()[1] for line in said.stdout.splitlines()[-5:-1]] == [
+    assert said.returncode == 130 and "0 of 4 jobs done" in said.stdout and [line.split()[1] for line in said.stdout.splitlines() if line.startswith("  #")] == [
         "failed", "failed", "stopped", "not",
     ]  # fmt: skip
     assert run_here(*words, f"exp.needs={needed}").returncode == 2, "another sweep in the same folder"
