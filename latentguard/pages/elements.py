@@ -18,6 +18,7 @@ from latentguard.pages.vega import vega_lite
 
 _COMMAND = 20_000  # characters of a command on a page
 _WIDE = 2.1  # a picture this much wider than high takes both columns
+_LONG = 80  # characters of a cell that is given room
 _WHOLE = 20  # rows of a table that stands open; a longer one scrolls in its box
 _LARGE = 60_000  # bytes of a .png that are too many for a page of thirty figures
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -156,7 +157,7 @@ def _sheet(sheet: Sheet, made: Made) -> str:
 
 
 def _cell(cell: str, made: Made) -> str:
-    kept = ' class="short"' if _ONE_LINE.fullmatch(plain(cell)) else ""
+    kept = ' class="short"' if _ONE_LINE.fullmatch(plain(cell)) else ' class="long"' if len(cell) > _LONG else ""
     return f"<td{kept}>{pill(cell, made) or _linked(cell, made)}</td>"
 
 

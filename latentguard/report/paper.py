@@ -39,7 +39,7 @@ _SIGNS = {
     "unfinished": ("…", "open"),
     "running": ("…", "open"),
 }
-_COLUMNS = ("#", "Effect", "Verdict", "Here [95% interval]", "Why", "The paper")
+_COLUMNS = ("#", "Effect", "Verdict", "Here [95% interval]", "Why")
 MARKS = VERDICTS | {"not asked": ("–", "open")} | {words: _SIGNS[status] for status, words in STATUS.items()}
 # What the paper claims (our words), its own numbers, and the studies that test it.
 EFFECTS: dict[int, tuple[str, str, tuple[str, ...]]] = {
@@ -124,12 +124,12 @@ def check(name: str, summary: Summary) -> None:
 def effects(studies: Mapping[str, Summary]) -> tuple[Sheet, str]:
     """The table of the fourteen effects, one row a verdict, and how many hold."""
     rows, verdicts = [], Counter()
-    for which, (words, paper_says, tested_by) in EFFECTS.items():
+    for which, (_, _, tested_by) in EFFECTS.items():
         told = [_told(name, s, e) for name, s in studies.items() for e in s.get("effects", ()) if e["effect"] == which]
         if not told:
             ran = [f"{n}: {STATUS[s['status']]}, {s.get('why') or 'no verdict given'}" for n, s in studies.items() if s.get("study", n) in tested_by]
             why = "; ".join(ran) or f"not part of this run: {' or '.join(tested_by)}"
-            told = [[str(which), words, "not asked", "—", why, paper_says]]
+            told = [[str(which), _claimed(which), "not asked", "—", why]]
         rows += told
         verdicts.update(row[2] for row in told)
     count = f"{verdicts['holds']} hold, {verdicts['does not hold']} do not hold, {verdicts['not testable here']} not testable here, {verdicts['not asked']} not asked"
@@ -144,8 +144,12 @@ def effects_of(name: str, summary: Summary) -> Sheet:
 def _told(name: str, summary: Summary, effect: Mapping[str, Any]) -> list[str]:
     by_label = "poles by label" if effect.get("poles", summary.get("poles")) == "label" else ""
     why = "; ".join(filter(None, [effect.get("why"), by_label])) + f" ({name})"
-    words, paper_says, _ = EFFECTS[effect["effect"]]
-    return [str(effect["effect"]), words, effect["verdict"], found({**effect, "value": effect.get("number")}), why.strip(), paper_says]
+    return [str(effect["effect"]), _claimed(effect["effect"]), effect["verdict"], found({**effect, "value": effect.get("number")}), why.strip()]
+
+
+def _claimed(which: int) -> str:
+    words, paper_says, _ = EFFECTS[which]
+    return f"{words}. The paper: {paper_says}."
 
 
 @cache
