@@ -185,7 +185,7 @@ def test_a_run_in_any_state_gives_both_and_never_a_reply(tmp_path, state):
     assert set(made) == {"report", "workspace"} and "figures/replies" not in text and "figures/refusal_by_layer" in text
     filters = leaves(grids(made)[0]["runSets"][0]["filters"])
     assert filters["exp"] == "steer_harm" and filters["model"] == "tiny" and ("state" in filters) == (state in ("ok", "insufficient_base_rate"))
-    words = {"unfinished": "Not finished", "failed": "made to fail", "insufficient_base_rate": "claim withheld", "ok": "takes refusal from"}
+    words = {"unfinished": "Not finished", "failed": "reason stands in the run", "insufficient_base_rate": "claim withheld", "ok": "takes refusal from"}
     assert words[state] in "".join(said(block) for block in blocks(made["report"]["spec"]["blocks"]))
 
 

@@ -286,8 +286,9 @@ def test_a_condition_is_called_by_what_was_done():
 
 def test_too_many_replies_are_cut_and_said_so(monkeypatch):
     monkeypatch.setattr("latentguard.report.replies.MOST", 5)
-    told = replies(some_rows(4), full=True)
-    assert len(told.said) == 5 and "5 of 12" in told.note
+    told = replies(some_rows(4), full=True)  # three columns of four
+    assert len(told.said) == 4 and told.conditions == ["test: no steering"] and told.shown == [0]
+    assert "1 of 3 columns" in told.note and "4 of 12 replies" in told.note
 
 
 # ── Comparisons ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -326,7 +327,7 @@ def test_layers_and_draws_do_not_keep_a_prompt_from_its_pair(tmp_path):
 
 
 def test_raw_scores_are_compared_within_a_model_only(tmp_path):
-    scored = [{"prompt_id": f"p{i}", "score": float(i), "detector": "guard"} for i in range(9)]
+    scored = [{"prompt_id": f"p{i}", "score": float(i), "detector": "guard"} for i in range(12)]
     assert [row["measure"] for row in compare(tmp_path, scored, scored)] == ["score"]
     (tmp_path / "x").mkdir()
     assert compare(tmp_path / "x", scored, scored, two="another") == []
@@ -432,3 +433,80 @@ def test_the_command_names_the_folder_of_a_users_own_options(tmp_path):
     }
     (folder / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": told}))
     assert read_run(folder).command == "python -m latentguard.run --config-dir /my/conf model=tiny exp=mine"
+
+
+# ── What a hostile reader found ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_run_of_a_sweep_keeps_its_own_replies(tmp_path):
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    for number, (model, refused) in enumerate((("a", 5), ("b", 0))):
+        a_run(folder / f"{number}_mine_{model}", model=model, rows=judged(5, refused, stage="roles", intervention="none"))
+    (told,) = blocks(sweep.sweep_page(folder, read_runs(folder), folder), Replies)
+    counts = {name: sum(verdict == "refused" for _, which, _, verdict, _ in told.said if which == i) for i, name in enumerate(told.conditions)}
+    assert counts == {"a, roles: no steering": 5, "b, roles: no steering": 0}
+
+
+def test_a_setting_that_is_the_same_all_through_a_run_keeps_nothing_from_its_pair(tmp_path):
+    rows = {mark: [{"stage": "validation", "layer": 1}, *judged(20, 5, intervention="none", stage="test", terminal=mark)] for mark in ("period", "keep")}
+    (row,) = compare(tmp_path, rows["period"], rows["keep"])
+    assert row["n"] == 20 and row["value"] == 0
+
+
+def test_few_pairs_are_told_of_by_no_interval(tmp_path):
+    assert compare(tmp_path, judged(9, 3), judged(9, 0)) == []
+
+
+def test_a_difference_that_all_pairs_share_has_an_interval_all_the_same():
+    found = comparison._difference([0.5] * 12, [1.0] * 12)
+    assert found.value == -0.5 and found.low < -0.5 < found.high
+
+
+def test_neither_a_flag_nor_a_nan_is_compared(tmp_path):
+    rows = [{"prompt_id": f"p{i}", "harmful": i % 2 == 0, "refuse": float("nan") if i == 0 else 0.5} for i in range(12)]
+    assert [(row["measure"], row["n"]) for row in compare(tmp_path, rows, rows)] == [("Δ_refuse", 11)]
+
+
+def test_runs_of_one_folder_name_stay_two(tmp_path):
+    runs = [read_run(a_run(tmp_path / name / "0_mine_tiny")) for name in ("one", "two")]
+    assert words(runs) == ["tiny (0_mine_tiny), one", "tiny (0_mine_tiny), two"]
+
+
+def test_a_sweeps_first_sentence_tells_of_failure_and_of_claims_withheld(tmp_path):
+    folder = a_sweep(tmp_path / "sweep", models=("m",), studies=("mine",), seeds=(0, 1, 2))
+    for number, state in ((0, "failed"), (1, "insufficient_base_rate")):
+        path = folder / f"{number}_mine_m" / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "status": state, "why": "so"}))
+    assert sweep.sweep_page(folder, read_runs(folder), folder).lead.startswith("2 of 3 jobs are done, 1 failed, 1 with the claim withheld")
+
+
+def test_the_reason_of_a_failure_is_kept_back_with_the_replies(tmp_path):
+    """An error of a judge may quote what it judged."""
+    run = series(
+        tmp_path / "run", {"suffix": {"status": "failed", "why": f"cannot judge {REPLY}"}, "beliefs": part("beliefs")}, claim=f"suffix failed: {REPLY}"
+    )
+    assert any(REPLY in text for text in texts(run_page(run, run.folder)))
+    assert not any(REPLY in text for text in texts(run_page(run, run.folder, full=False)))
+
+
+@pytest.mark.parametrize("wrong", [{"table": None}, {"effects": {}}, {"studies": []}, {"seconds": "long"}, {"headline": 3}, {"table": [1]}])
+def test_a_summary_of_another_shape_is_one_sentence(tmp_path, wrong):
+    with pytest.raises(InputError, match=r"summary\.json"):
+        read_run(a_run(tmp_path / "run", summary=wrong))
+
+
+def test_a_chart_that_is_not_understood_leaves_its_picture(tmp_path):
+    folder = a_run(tmp_path / "run")
+    path = folder / "figures" / "index.json"
+    told = json.loads(path.read_text())
+    told["refusal_by_layer"]["chart"] = {"kind": "spiral", "turns": 3}
+    path.write_text(json.dumps(told))
+    drawn = read_run(folder).figures["refusal_by_layer"]
+    assert drawn.chart is None and drawn.still is not None
+
+
+def test_numbers_far_below_one_keep_their_figures():
+    assert wording.interval(2e-5, 1e-5, 3e-5) == "2e−05 [1e−05, 3e−05]"
+    row = {"change": 0.1, "change_low": 0.0, "change_high": 0.2, "delta_change": 0.5, "delta_change_low": 0.4, "delta_change_high": 0.6}
+    assert wording.bounds(row) == {"change": ("change_low", "change_high"), "delta_change": ("delta_change_low", "delta_change_high")}

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
@@ -28,14 +30,18 @@ def vega() -> tuple[str, str]:
     known = hashlib.sha256(_SNIPPET.encode()).hexdigest()[:8]
     path = cache_dir("pages", f"vega-{version('vl-convert-python')}-{known}.js.gz")
     if not path.is_file():
-        import vl_convert
-
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_bytes(gzip.compress(vl_convert.javascript_bundle(_SNIPPET).encode(), mtime=0))
+        partial.write_bytes(gzip.compress(_bundle(), mtime=0))
         partial.replace(path)
     bundle = path.read_bytes()
     return base64.b64encode(bundle).decode(), source(gzip.decompress(bundle))
+
+
+def _bundle() -> bytes:
+    """Made in a process of its own: what bundles it brings a JavaScript engine along, whose threads can abort the end of the one it is in."""
+    code = f"import sys, vl_convert; sys.stdout.buffer.write(vl_convert.javascript_bundle({_SNIPPET!r}).encode())"
+    return subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout
 
 
 def source(script: bytes) -> str:

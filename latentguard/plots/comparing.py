@@ -8,7 +8,7 @@ from latentguard.charts import Chart, Line, Plot
 from latentguard.plots.style import Rows, figure_of, plain
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C3B00", "#7F7F7F")
-_MARKERS = "osD^vPX*h"
+_MARKERS = "osD^vPX*"  # another number than of colours, so that both together repeat late
 _MOST = 24  # rows of one panel: more cannot be read
 
 
@@ -67,7 +67,7 @@ def overlaid(rows: Rows, chart: Chart, *, title: str, caption: str, run: str = "
     Returns:
         The figure, and its rows with the column `panel`.
     """
-    keys = [key for key in (chart.panel, chart.series) if key]
+    keys = [key for key in (chart.panel, chart.pick, chart.series, chart.dash) if key]
     told = [{**row, "panel": " · ".join(_named(chart, key, row[key]) for key in keys if key in row) or title} for row in rows]
     panels, runs = (list(dict.fromkeys(row[key] for row in told)) for key in ("panel", run))
     across = min(3, len(panels))
@@ -95,7 +95,7 @@ def overlaid(rows: Rows, chart: Chart, *, title: str, caption: str, run: str = "
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(runs)), frameon=False, fontsize=7.5)
     figure.suptitle(title, fontsize=9.5)
     colours: Mapping[str, str] = {one: COLOURS[k % len(COLOURS)] for k, one in enumerate(runs)}
-    return Plot(figure, title, caption, replace(chart, series=run, panel="panel", names={}, colours=colours, lines=())), told
+    return Plot(figure, title, caption, replace(chart, series=run, panel="panel", dash=None, pick=None, also={}, names={}, colours=colours, lines=())), told
 
 
 def _named(chart: Chart, key: str, value: object) -> str:

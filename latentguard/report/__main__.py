@@ -36,10 +36,15 @@ def main(words: list[str] | None = None) -> int:
     except InputError as error:
         print(f"latentguard: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"latentguard: {error.filename or 'a file'} cannot be read or written ({error.strerror}); name another folder, or --out", file=sys.stderr)
+        return 2
 
 
 def run(asked: argparse.Namespace) -> int:
     """What the words ask for."""
+    if asked.list and (asked.wandb or asked.out):
+        raise InputError("--list goes alone, or with folders to look in")
     if asked.list:
         from latentguard.report.listing import listing
 

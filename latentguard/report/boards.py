@@ -14,7 +14,7 @@ from latentguard.pages.texts import plain
 from latentguard.report import panels
 from latentguard.report.page import against, headline, made_of
 from latentguard.report.replies import replies
-from latentguard.report.runs import Run, tells, waiting, words
+from latentguard.report.runs import Run, quiet, tells, waiting, words
 from latentguard.report.sweep import command, headlines, settings
 from latentguard.report.tracked import NOBODY, chosen, exp_of, expression, place, sentence, shows_replies, untracked
 from latentguard.report.wording import found
@@ -49,9 +49,10 @@ def publish(runs: Sequence[Run], entity: str | None = None, project: str | None 
         raise InputError(problem)
     entity, project = place(runs, entity, project)
     panels.reports()
-    import wandb
     from wandb.errors import CommError, UsageError
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+    import wandb
 
     wandb.setup(wandb.Settings(login_timeout=_KEY_SECONDS))
     try:
@@ -78,6 +79,7 @@ def _projects(api: Any, entity: str) -> set[str]:
 
 def report_spec(runs: Sequence[Run], *, entity: str, project: str, title: str | None = None) -> "Report":
     """The report: claims, the command, models × metrics, figures a study, verdicts, controls, how runs were chosen, what made them."""
+    runs = [quiet(run) for run in runs]
     wr, names = panels.reports(), words(runs)
     parts = panels.parts(runs)
     blocks: list[Any] = [wr.CalloutBlock(text=_lead(runs)), *_claims(runs, names), wr.H2("The command"), *_command(runs)]

@@ -4,38 +4,40 @@ A pair is one prompt that two runs answered under the same condition. Layer, coe
 for each model has its own: where a run holds several, a prompt's answers are averaged first.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from latentguard.errors import InputError
-from latentguard.metrics import Value, mean, paired_difference
-from latentguard.pages import Block, Page, Section, Sheet
+from latentguard.metrics import Value, mean, paired_difference, wilson
+from latentguard.pages import Block, Page, Picture, Section, Sheet
 from latentguard.plots.comparing import forest, overlaid, shared
 from latentguard.report import paper
 from latentguard.report.pictures import drawn, kept
-from latentguard.report.runs import Run, words
+from latentguard.report.runs import Run, quiet, words
 from latentguard.report.wording import found, interval, measures, number
 
 _KEYS = (
     "stage", "intervention", "label", "set", "group", "form", "detector", "position", "terminal", "trained_on", "n_trained", "tokens", "target",
-    "direction", "kind", "template",
+    "direction", "kind", "template", "extracted",
 )  # fmt: skip
 # What is compared, and what it is called; a raw score only where both are the same model's.
 _MEASURES = {"verdict": "refused", "no": "P(No)", "certainly": "P(Certainly)", "harmful": "Δ_harmful", "refuse": "Δ_refuse", "score": "score"}
 _OWN = ("score",)
 Paired = dict[tuple[str, ...], dict[str, list[float]]]
-_LEAST = 2  # pairs that a difference is told of
+_LEAST = 10  # pairs that a difference is told of: under that a bootstrap interval holds the truth far less often than it says
 
 
 def differences(first: Run, second: Run) -> list[dict[str, Any]]:
     """Second − first on the prompts that both have, condition by condition: study, condition, measure, first, second, value, low, high, n."""
     mine, theirs = list(first.rows()), list(second.rows())
-    keys = [key for key in _KEYS if len({str(row.get(key)) for row in mine}) > 1 or len({str(row.get(key)) for row in theirs}) > 1]
+    telling = _telling(mine, first) | _telling(theirs, second)
     same_model = first.model == second.model
-    one, other = (_by_condition(rows, run, keys, same_model) for rows, run in ((mine, first), (theirs, second)))
+    one, other = (_by_condition(rows, run, telling, same_model) for rows, run in ((mine, first), (theirs, second)))
     rows = []
     for key, answers in one.items():
         both = sorted(answers.keys() & other.get(key, {}).keys())
@@ -48,25 +50,51 @@ def differences(first: Run, second: Run) -> list[dict[str, Any]]:
     return rows
 
 
+def _place(row: Mapping[str, Any], run: Run) -> tuple[str, str]:
+    """Study and stage; the roles are filled alike in every study of a series, and count once."""
+    stage = str(row.get("stage", ""))
+    return ("roles" if stage == "roles" else str(row.get("study") or run.study), stage)
+
+
+def _telling(rows: Sequence[Mapping[str, Any]], run: Run) -> set[tuple[str, str, str]]:
+    """(study, stage, key) where the key tells conditions apart: rows that have it differ in it."""
+    seen: dict[tuple[str, str, str], set[str]] = {}
+    for row in rows:
+        for key in _KEYS:
+            if row.get(key) is not None:
+                seen.setdefault((*_place(row, run), key), set()).add(str(row[key]))
+    return {place for place, values in seen.items() if len(values) > 1 or place[2] == "stage"}
+
+
 def _difference(second: Sequence[float], first: Sequence[float]) -> Value:
     if set(second) | set(first) <= {0.0, 1.0}:
         return paired_difference([x == 1.0 for x in second], [x == 1.0 for x in first])
-    return mean([x - y for x, y in zip(second, first, strict=True)])
+    found = mean([x - y for x, y in zip(second, first, strict=True)])
+    if found.low == found.high:  # no resample can differ: as unsure as a rate of 0 over as many
+        margin = wilson(0, found.n).high
+        return Value(found.value, found.value - margin, found.value + margin, found.n)
+    return found
 
 
-def _by_condition(rows: Iterable[Mapping[str, Any]], run: Run, keys: Sequence[str], same_model: bool) -> Paired:
+def _by_condition(rows: Iterable[Mapping[str, Any]], run: Run, telling: set[tuple[str, str, str]], same_model: bool) -> Paired:
     held: Paired = {}
     for row in rows:
         if row.get("prompt_id") is None:
             continue
-        condition = " · ".join(str(row[key]).replace("_", " ") for key in keys if row.get(key) not in (None, ""))
+        place = _place(row, run)
+        condition = " · ".join(str(row[key]).replace("_", " ") for key in _KEYS if (*place, key) in telling and row.get(key) not in (None, ""))
         for column, name in _MEASURES.items():
             value = row.get(column)
             if column == "verdict" and value is not None:
                 value = float(value == "refused")
-            elif not isinstance(value, int | float) or (column in _OWN and ("verdict" in row or not same_model)):
+            elif (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+                or (column in _OWN and ("verdict" in row or not same_model))
+            ):
                 continue
-            key = (str(row.get("study") or run.study), condition or "all prompts", name)
+            key = (place[0], condition or "all prompts", name)
             held.setdefault(key, {}).setdefault(str(row["prompt_id"]), []).append(float(value))
     return held
 
@@ -79,6 +107,7 @@ def comparison_page(runs: Sequence[Run], at: Path, *, full: bool = True) -> Page
     """
     if len(runs) < 2:
         raise InputError("a comparison needs two runs or more: name their folders one after the other")
+    runs = runs if full else [quiet(run) for run in runs]
     names = words(runs)
     parts = [paired(runs[0], other, names[0], name, at, number) for number, (other, name) in enumerate(zip(runs[1:], names[1:], strict=True), 1)]
     lead = " ".join(section.lead for section in parts)
@@ -87,14 +116,19 @@ def comparison_page(runs: Sequence[Run], at: Path, *, full: bool = True) -> Page
         sections.append(Section("The figures side by side", blocks=figures))
     sections.append(Section("What differs in how they were made", blocks=[settings(runs, names)]))
     head = ["Differences are paired by prompt; intervals are 95%, prompts resampled."]
-    links = {run.folder.name: quote(os.path.relpath(run.folder / "report.html", at)) for run in runs if (run.folder / "report.html").is_file()}
+    links = {_address(run): quote(os.path.relpath(run.folder / "report.html", at)) for run in runs if (run.folder / "report.html").is_file()}
     return Page(f"Comparison: {' and '.join(names)}", lead, head, sections, paper.MARKS, links)
+
+
+def _address(run: Run) -> str:
+    where = run.folder.resolve()
+    return f"{where.parent.name}/{where.name}"
 
 
 def listed(runs: Sequence[Run], names: Sequence[str]) -> Sheet:
     """Each run with its state, headline and claim."""
     rows = [
-        [name, paper.STATUS.get(run.state, run.state), found(run.headline) if run.headline else "—", run.claim, str(run.folder.name)]
+        [name, paper.STATUS.get(run.state, run.state), found(run.headline) if run.headline else "—", run.claim, _address(run)]
         for run, name in zip(runs, names, strict=True)
     ]
     return Sheet("", ["run", "state", "headline [95% interval]", "claim", "folder"], rows)
@@ -105,16 +139,20 @@ def paired(first: Run, second: Run, one: str, other: str, at: Path, place: int) 
     rows = differences(first, second)
     title = f"{other} against {one}"
     if not rows:
-        lead = f"{title}: no prompt was asked under the same condition in both, so nothing can be paired."
+        lead = f"{title}: no condition has {_LEAST} prompts that were asked in both, so nothing can be paired."
         return Section(title, lead=lead)
     beyond = [row for row in rows if row["low"] > 0 or row["high"] < 0]
-    lead = f"{title}: {len(beyond)} of {len(rows)} paired differences have an interval without 0 (about {0.05 * len(rows):.1f} would by chance, if there were none)."
+    same = [row for row in rows if row["first"] == row["second"] and row["value"] == 0]
+    left = len(rows) - len(same)
+    lead = (
+        f"{title}: {len(beyond)} of {len(rows)} paired differences have an interval without 0; {len(same)} are 0"
+        f"{f', and of the other {left} about {0.05 * left:.1f} would by chance, if nothing differed' if left else ''}."
+    )
     shown = [row for row in rows if row["measure"] == "refused"] or rows
     told = [{**row, "at": row["condition"] if row["measure"] == "refused" else f"{row['condition']} · {row['measure']}"} for row in shown]
-    caption = f"Second − first on the same prompts: {other} minus {one}. Bars are 95% intervals, prompts resampled; right of 0 is more in the second."
-    plot = forest(
-        told, title=f"Paired differences: {title}", caption=caption, what="difference of the rate", name="at", series="measure", panel="study", zero=True
-    )
+    cut = " At most 24 a panel are drawn; the table has all." if len(told) > 24 else ""
+    caption = f"Second − first on the same prompts: {other} minus {one}. Bars are 95% intervals, prompts resampled; right of 0 is more in the second.{cut}"
+    plot = forest(told, title=f"Paired differences: {title}", caption=caption, what="second − first", name="at", series="measure", panel="study", zero=True)
     cells = [
         [
             row["study"], row["condition"], row["measure"], number(row["first"]), number(row["second"]), interval(row["value"], row["low"], row["high"]),
@@ -154,7 +192,9 @@ def beside(runs: Sequence[Run], names: Sequence[str], at: Path, *, full: bool) -
             plot, told = overlaid(rows, chart, title=name.replace("_", " "), caption=caption)
             blocks.append(drawn(at, f"both_{name}", plot, told))
         else:
-            blocks += [kept(run, name, at, replies=full) for run in runs]
+            for run, called in zip(runs, names, strict=True):
+                block = kept(run, name, at, replies=full)
+                blocks.append(replace(block, name=f"{name}_{len(blocks)}", title=f"{called}: {block.title}") if isinstance(block, Picture) else block)
     return blocks
 
 

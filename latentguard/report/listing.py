@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentguard.errors import InputError
+from latentguard.pages.texts import plain
 from latentguard.report import paper
 from latentguard.report.runs import Run, is_run, read_run, waiting
 from latentguard.report.wording import found
@@ -52,8 +53,15 @@ def _rows(folder: Path) -> Iterator[tuple[str, str, str, str, str]]:
 
 
 def _row(run: Run, name: str) -> tuple[str, str, str, str, str]:
-    told = f"{run.headline['metric']} {found(run.headline)}" if run.headline else run.claim
-    return name, run.study, run.model, _STATES.get(run.state, paper.STATUS.get(run.state, run.state)), " ".join(told.split())
+    withheld = "(claim withheld) " if run.headline.get("withheld") else ""
+    told = f"{withheld}{run.headline.get('metric', '')} {found(run.headline)}" if run.headline else run.claim
+    return (
+        plain(name) if not name.startswith("  ") else f"  {plain(name)}",
+        plain(run.study),
+        plain(run.model),
+        _STATES.get(run.state, paper.STATUS.get(run.state, run.state)),
+        plain(told),
+    )
 
 
 def _cut(text: str, width: int) -> str:

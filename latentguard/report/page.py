@@ -11,7 +11,7 @@ from latentguard.pages import Block, Command, Facts, Page, Section, Sheet, as_ht
 from latentguard.report import paper
 from latentguard.report.pictures import kept
 from latentguard.report.replies import replies
-from latentguard.report.runs import Run, read_runs
+from latentguard.report.runs import Run, quiet, read_runs, tells
 from latentguard.report.wording import duration, found, number, sheet
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def write(page: Page, folder: Path) -> Path:
 
 def run_page(run: Run, at: Path, *, full: bool = True) -> Page:
     """The page of one run, for folder `at`."""
+    run = run if full else quiet(run)
     for name, summary in run.studies.items():
         paper.check(name, _settled(run, summary))
     series = "studies" in run.summary
@@ -83,7 +84,8 @@ def study_section(run: Run, name: str, summary: Mapping[str, Any], at: Path, *, 
     chips += [duration(summary["seconds"])] if summary.get("seconds") is not None else []
     blocks: list[Block] = [kept(run, figure, at, replies=full) for figure in (summary.get("figures") or _unnamed(run))]
     if summary.get("table"):
-        blocks.append(sheet("Every number of this study", summary["table"]))
+        table = summary["table"] if full else [{key: value for key, value in row.items() if not tells(key)} for row in summary["table"]]
+        blocks.append(sheet("Every number of this study", table))
     series = "studies" in run.summary
     if not series and summary.get("effects"):
         blocks.append(paper.effects_of(name, summary))
@@ -130,7 +132,7 @@ def made_of(run: Run) -> Section:
     """Versions, seeds, hashes, every setting."""
     env = run.environment
     weights = env.get("backend") or {}
-    pairs = [("folder", run.folder.name), ("model", run.model), ("seed", run.seed), ("judge", run.summary.get("judge"))]
+    pairs = [("folder", run.folder.resolve().name), ("model", run.model), ("seed", run.seed), ("judge", run.summary.get("judge"))]
     pairs += [(key, weights.get(key)) for key in ("weights", "template", "dtype", "device", "attention")]
     data = env.get("data") or run.summary.get("data") or {}
     pairs += [("data hash", data.get("hash")), ("final mark of every instruction", data.get("terminal"))]

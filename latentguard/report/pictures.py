@@ -21,7 +21,7 @@ def kept(run: Run, name: str, page: Path, *, replies: bool) -> Block:
     figure = run.figures.get(name)
     if figure is None or figure.still is None:
         return f"Figure {name} is missing: it needs figures/{name}.png and its data, figures/{name}.csv."
-    if figure.replies and not replies:
+    if (figure.replies or not figure.known) and not replies:  # of one that no index names nobody knows whether it shows replies
         return f"Figure {name} shows what the model said and is kept back; it is figures/{name}.png in the run's folder."
     link = quote(os.path.relpath(figure.still, page).replace(os.sep, "/"))
     return Picture(name, figure.title, figure.caption, figure.still, link, figure.rows, figure.chart)

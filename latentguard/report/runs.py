@@ -9,7 +9,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ class Drawn:
     title: str
     caption: str
     replies: bool
+    known: bool  # whether the index names it
     chart: Chart | None
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The numbers in it; numbers as numbers, empty cells left out."""
-        with (self.folder / f"{self.name}.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (self.folder / f"{self.name}.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             return [{key: _number(text) for key, text in row.items() if key and text not in ("", None)} for row in csv.DictReader(file)]
 
     @property
@@ -170,12 +171,13 @@ class Run:
             if not (folder / f"{name}.csv").is_file():
                 log.warning("%s: figure %s is left out, for its data, %s.csv, are missing", self.folder, name, name)
                 continue
-            told = index.get(name) or {}
-            chart = Chart.from_dict(told["chart"]) if told.get("chart") else None
-            drawn = Drawn(folder, name, told.get("title") or name.replace("_", " "), told.get("caption") or "", bool(told.get("replies")), chart)
-            with (folder / f"{name}.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-                replies = drawn.replies or any(map(tells, next(csv.reader(file), [])))
-            found[name] = Drawn(folder, name, drawn.title, drawn.caption, replies, chart)
+            told = index.get(name)
+            told, known = (told, True) if isinstance(told, Mapping) else ({}, False)
+            chart = _chart(told.get("chart"), folder / "index.json")
+            with (folder / f"{name}.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                replies = bool(told.get("replies")) or any(map(tells, next(csv.reader(file), [])))
+            title, caption = str(told.get("title") or name.replace("_", " ")), str(told.get("caption") or "")
+            found[name] = Drawn(folder, name, title, caption, replies, known, chart)
         return found
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -186,10 +188,14 @@ class Run:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield json.loads(line)
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        yield row
+                        continue
+                    raise json.JSONDecodeError("no object", line, 0)
                 except json.JSONDecodeError:
                     if line.endswith("\n"):
-                        raise InputError(f"{path}, line {number}: this is not JSON; mend the line, or delete it") from None
+                        raise InputError(f"{path}, line {number}: this is no JSON object; mend the line, or delete it") from None
                     log.warning("%s: the last row was cut off when the run stopped, and is left out", path)
 
 
@@ -214,7 +220,7 @@ def read_run(folder: str | Path) -> Run:
     failure = _json(folder / "failure.json").get("reason", "") if (folder / "failure.json").is_file() else ""
     return Run(
         folder,
-        _json(folder / "summary.json") if (folder / "summary.json").is_file() else {},
+        _shaped(_json(folder / "summary.json"), folder / "summary.json") if (folder / "summary.json").is_file() else {},
         _json(folder / "environment.json") if (folder / "environment.json").is_file() else {},
         settings if isinstance(settings, Mapping) else {},
         tuple(map(str, overrides or ())) if isinstance(overrides, list) else (),
@@ -232,12 +238,28 @@ def read_runs(folder: str | Path) -> list[Run]:
     return [read_run(folder)]
 
 
+def quiet(run: Run) -> Run:
+    """The same without the words of errors, which may quote what the model said."""
+    hidden = "its reason stands in the run's folder"
+    parts = run.summary.get("studies")
+    summary = run.summary
+    if isinstance(parts, Mapping):
+        told = {name: {**part, "why": hidden} if part.get("status") == "failed" else part for name, part in parts.items()}
+        summary = {**summary, "studies": told}
+        if any(part.get("status") == "failed" for part in parts.values()):
+            summary |= {key: f"Studies failed; {hidden}." for key in ("claim", "why") if key in summary}
+    return replace(run, summary=summary, failure=hidden if run.failure else "")
+
+
 def waiting(folder: Path) -> list[str]:
     """The jobs of a sweep that never began, by the words they were to be run with."""
     path = folder / "jobs.json"
     if not path.is_file():
         return []
-    jobs = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        jobs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{path}: not JSON; without it the page does not know which jobs there were: delete it to have a page of those that ran") from None
     return [shlex.join(map(str, job.get("overrides", ()))) for job in jobs if not is_run(folder / str(job.get("folder", "")))]
 
 
@@ -253,7 +275,9 @@ def words(runs: Sequence[Run]) -> list[str]:
         parts += [f"{key}={run.varied.get(key, 'default')}" for key in sorted(differing - {"seed"})]
         names.append(" · ".join(parts) or run.folder.name)
     if len(set(names)) < len(names):  # the same settings twice
-        names = [f"{name} ({run.folder.name})" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
+        names = [f"{name} ({run.folder.resolve().name})" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
+    if len(set(names)) < len(names):  # jobs of the same number in two sweeps
+        names = [f"{name}, {run.folder.resolve().parent.name}" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
     return names
 
 
@@ -269,6 +293,35 @@ def _held(path: Path) -> bool:
         except OSError:  # a file system without locks tells nothing
             return False
     return False
+
+
+def _chart(told: Any, where: Path) -> Chart | None:
+    """A figure whose chart is not understood is shown by its picture alone."""
+    if not told:
+        return None
+    try:
+        return Chart.from_dict(told)
+    except (TypeError, ValueError, AttributeError) as error:
+        log.warning("%s: a chart in it is not understood (%s); its picture alone is shown", where, error)
+        return None
+
+
+def _shaped(summary: dict, path: Path) -> dict:
+    """A summary whose parts are of the kinds that its readers take.
+
+    Raises:
+        InputError: one is not.
+    """
+    kinds = {"table": list, "effects": list, "figures": list, "cells": dict, "studies": dict, "headline": dict, "headlines": dict, "seconds": int | float}
+    for key, kind in kinds.items():
+        if key in summary and not isinstance(summary[key], kind):
+            raise InputError(f"{path}: {key} is {type(summary[key]).__name__}; it was not written by latentguard, or was changed since")
+    for key in ("table", "effects"):
+        if not all(isinstance(row, dict) for row in summary.get(key, ())):
+            raise InputError(f"{path}: {key} holds what is no object; it was not written by latentguard, or was changed since")
+    for part in summary.get("studies", {}).values():
+        _shaped(part if isinstance(part, dict) else {"studies": part}, path)
+    return summary
 
 
 def _place(folder: Path) -> tuple:

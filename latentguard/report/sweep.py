@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -15,15 +16,16 @@ from latentguard.report.comparison import beside, settings, side_by_side
 from latentguard.report.page import against
 from latentguard.report.pictures import drawn
 from latentguard.report.replies import replies
-from latentguard.report.runs import Run, waiting, words
+from latentguard.report.runs import Run, quiet, waiting, words
 from latentguard.report.wording import found, interval, number
 
 
 def sweep_page(folder: Path, runs: Sequence[Run], at: Path, *, full: bool = True) -> Page:
     """The page of a sweep's jobs; its own figures go to `at`/figures."""
+    runs = runs if full else [quiet(run) for run in runs]
     names, missing = words(runs), waiting(folder)
-    done = [run for run in runs if run.finished]
-    told = [*(f"{name}: {run.claim}" for run, name in zip(runs, names, strict=True) if not run.finished), *(f"{job}: never begun" for job in missing)]
+    done = [run for run in runs if run.finished and run.state != "failed"]
+    told = [*(f"{name}: {run.claim}" for run, name in zip(runs, names, strict=True) if run not in done), *(f"{job}: never begun" for job in missing)]
     rows = headlines(runs)
     sections = [Section("The command", blocks=[Command(command(folder, runs))])]
     blocks: list[Block] = []
@@ -42,7 +44,7 @@ def sweep_page(folder: Path, runs: Sequence[Run], at: Path, *, full: bool = True
         parts = [*beside(held, called, at, full=full), *(side_by_side(held, called) if len(held) > 1 else [])]
         chips = [f"{len(held)} of {sum(run.study == study for run in runs)} jobs done"]
         sections.append(Section(study, paper.PAPER.get(study, ("",))[0], "", chips, "", parts or ["One run: look at its own page."]))
-    rows_of = ({**row, "study": ", ".join(filter(None, (name, row.get("study"))))} for run, name in zip(runs, names, strict=True) for row in run.rows())
+    rows_of = ({**row, "run": name} for run, name in zip(runs, names, strict=True) for row in run.rows())
     if said := replies(rows_of, full=full, series=True, first=names[0]):
         sections.append(Section("Replies", blocks=[said]))
     troubles: list[Block] = [Sheet("Jobs that are not done", ["what"], [[line] for line in told])] if told else []
@@ -52,10 +54,14 @@ def sweep_page(folder: Path, runs: Sequence[Run], at: Path, *, full: bool = True
     sections.append(Section("Controls, and what did not work", lead="" if troubles else "Nothing failed, and no claim was withheld.", blocks=troubles))
     sections.append(Section("What differs in how they were made", blocks=[settings(runs, names)]))
     models, studies = (len({getattr(run, key) for run in runs}) for key in ("model", "study"))
-    lead = f"{len(done)} of {len(runs) + len(missing)} jobs are done: {models} model{'s' * (models > 1)}, {studies} stud{'ies' if studies > 1 else 'y'}."
+    states = {
+        words_: sum(run.state == state for run in runs) for state, words_ in (("failed", "failed"), ("insufficient_base_rate", "with the claim withheld"))
+    }
+    odd = "".join(f", {count} {words_}" for words_, count in states.items() if count)
+    lead = f"{len(done)} of {len(runs) + len(missing)} jobs are done{odd}: {models} model{'s' * (models > 1)}, {studies} stud{'ies' if studies > 1 else 'y'}."
     best = _ranges(rows)
     links = {f"{run.folder.name}/report.html": quote(os.path.relpath(run.folder / "report.html", at)) for run in runs if (run.folder / "report.html").is_file()}
-    return Page(f"Sweep {folder.name}", f"{lead} {best}{'.' if best else ''}", ["Intervals are 95%."], sections, paper.MARKS, links)
+    return Page(f"Sweep {folder.resolve().name}", f"{lead} {best}{'.' if best else ''}", ["Intervals are 95%."], sections, paper.MARKS, links)
 
 
 def headlines(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -70,7 +76,8 @@ def headlines(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 if told and isinstance(told.get("value"), int | float):
                     numbers = {key: told.get(key) for key in ("value", "low", "high", "n")}
                     bare = " · ".join(word for word in name.split(" · ") if word != f"seed {run.seed}")
-                    metric = f"{part.replace('_', ' ')}: {told['metric']}"
+                    metric = f"{part.replace('_', ' ')}: {told.get('metric', 'number')}"
+                    bare = f"{bare} (claim withheld)" if told.get("withheld") else bare
                     rows.append({"run": bare, "model": run.model, "study": part, "seed": str(run.seed), "metric": metric, **numbers})
     return rows
 
@@ -99,8 +106,8 @@ def command(folder: Path, runs: Sequence[Run]) -> str:
             key, _, value = word.partition("=")
             if word not in shared and value not in axes.setdefault(key, []):
                 axes[key].append(value)
-    asked = " ".join([*(f"{key}={','.join(values)}" for key, values in axes.items()), *shared])
-    return f"python -m latentguard.run -m {asked}\n# to go on with what is not done:\npython -m latentguard.run resume={folder}"
+    asked = shlex.join([*(f"{key}={','.join(values)}" for key, values in axes.items()), *shared])
+    return f"python -m latentguard.run -m {asked}\n# to go on with what is not done:\npython -m latentguard.run {shlex.quote(f'resume={folder}')}"
 
 
 def _over_seeds(rows: Sequence[dict[str, Any]]) -> Sheet:

@@ -26,8 +26,8 @@ def interval(value: Any, low: Any, high: Any) -> str:
     if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
         return number(value)
     width = high - low
-    digits = min(max(math.ceil(-math.log10(width / 4)), 2 if width < 2 else 0), 4) if width > 0 else 2
-    at, least, most = (f"{x:z.{digits}f}".replace("-", "−") for x in numbers)
+    digits = max(math.ceil(-math.log10(width / 4)), 2 if width < 2 else 0) if width > 0 else 2
+    at, least, most = (f"{x:z.{digits}f}".replace("-", "−") if digits <= 4 else f"{x:.2g}".replace("-", "−") for x in numbers)
     return f"{at} [{least}, {most}]"
 
 
@@ -48,7 +48,7 @@ def bounds(row: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The columns that have an interval, and the columns of its ends: rate and value have low and high, auroc has auroc_low, …"""
     ends = {key: ("low", "high") for key in ("rate", "value") if key in row and "low" in row}
     for key in row:
-        bare = key.removeprefix("delta_")
+        bare = key if f"{key}_low" in row or key.removeprefix("delta_") in row else key.removeprefix("delta_")
         if f"{bare}_low" in row and f"{bare}_high" in row and key not in ends:
             ends[key] = (f"{bare}_low", f"{bare}_high")
     return ends
@@ -75,5 +75,7 @@ def measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         told += [f"{key.replace('_', ' ')} {row[key]}" for key in ("n_trained", "draw") if row.get(key) is not None]
         for key, (low, high) in bounds(row).items():
             name = " · ".join([*told, *([] if key in ("rate", "value") else [key.replace("_", " ")])])
+            if name in found:  # rows that differ in where they were measured alone
+                name = " · ".join([name, *(f"{at} {row[at]}" for at in ("layer", "coef") if row.get(at) is not None)])
             found.setdefault(name, {"value": row.get(key), "low": row.get(low), "high": row.get(high), "n": row.get("n")})
     return found

@@ -11,6 +11,7 @@ from typing import Any
 from latentguard.errors import InputError
 
 log = logging.getLogger(__name__)
+_PART = 20  # characters of a reply that do not stand in a text by chance
 _SHORT = 12  # words of fewer signs stand in any text by chance, and tell nothing
 
 
@@ -45,16 +46,22 @@ class Guard:
 
 
 def fault(error: BaseException, rows: Path, said: Sequence[str], full: bool) -> dict[str, str]:
-    """What W&B's summary tells of an error: its sentence where it is one of ours and quotes no reply, or with `full`; else type and place."""
-    place = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "latentguard" in f.filename), None)
-    known = full or (isinstance(error, InputError) and not holds_any(str(error), rows, said))
+    """What W&B's summary tells of an error: with `full`, or where it is one of ours and quotes no reply, its words; else type and place.
+
+    A judge's error may quote a reply that is in no row yet, so its words stay.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f for f in reversed(frames) if "latentguard" in f.filename), None)
+    judging = any(f.name in ("verdict", "decided") for f in frames)
+    known = full or (isinstance(error, InputError) and not judging and not holds_any(str(error), rows, said))
     where = {"error_at": f"{Path(place.filename).name}:{place.lineno} in {place.name}"} if place else {}
     return {"error": _named(error) if known else type(error).__name__, **where}
 
 
 def holds_any(text: str, rows: Path, said: Sequence[str]) -> bool:
-    """Whether a line of what stands in these columns of rows.jsonl stands in the text."""
-    return any(line in text for line in _lines(rows, said))
+    """Whether a line of what stands in these columns of rows.jsonl stands in the text, or of a longer one any `_PART` characters."""
+    parts = {text[i : i + _PART] for i in range(len(text) - _PART + 1)}
+    return any(line in text if len(line) < _PART else any(line[i : i + _PART] in parts for i in range(len(line) - _PART + 1)) for line in _lines(rows, said))
 
 
 def _lines(rows: Path, said: Sequence[str]) -> Iterator[str]:

@@ -222,7 +222,16 @@ class Wandb(Files):
         super().summary(summary)
         if self.run is not None:
             with self._guard("the summary"):
-                self.run.summary.update(dict(_flat(plain(summary))))
+                self.run.summary.update(dict(_flat(plain(summary if self._full else _unquoted(summary)))))
+
+
+def _unquoted(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the words of studies that failed: an error may quote what the model said."""
+    parts = summary.get("studies")
+    if not isinstance(parts, Mapping) or not any(part.get("status") == "failed" for part in parts.values()):
+        return summary
+    told = {name: {key: value for key, value in part.items() if part.get("status") != "failed" or key != "why"} for name, part in parts.items()}
+    return {**{key: value for key, value in summary.items() if key not in ("claim", "why")}, "studies": told}
 
 
 def _flat(value: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
