@@ -49,10 +49,9 @@ def publish(runs: Sequence[Run], entity: str | None = None, project: str | None 
         raise InputError(problem)
     entity, project = place(runs, entity, project)
     panels.reports()
+    import wandb
     from wandb.errors import CommError, UsageError
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
-
-    import wandb
 
     wandb.setup(wandb.Settings(login_timeout=_KEY_SECONDS))
     try:
