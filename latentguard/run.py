@@ -249,7 +249,7 @@ def _tracker(plain: dict, choices: dict, folder: Path, hydra_cfg: Any, model: st
     keys = [word.lstrip("+").partition("=")[0] for word in words if not word.startswith("~")]
     changed = {key: OmegaConf.select(OmegaConf.create(plain), key) for key in keys if "." in key}
     flat = {key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in changed.items()}
-    config = {**choices, "model": model, "seed": plain["seed"], **flat, "commit": _environment()["commit"], "cfg": plain}
+    config = {**choices, "model": model, "seed": plain["seed"], **flat, "commit": _commit(), "cfg": plain}
     about = told("exp", choices["exp"]) if choices["exp"] in options("exp") else ""
     section = re.search(r"§[\d.]*\d|App\. [A-Z]", about)
     family = re.match("[a-z]+", model.lower())
@@ -291,17 +291,23 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _environment() -> dict:
-    import platform
+def _commit() -> str | None:
+    """Of the checkout that this package lies in; None where there is none."""
     import subprocess
-    from importlib.metadata import version
 
-    names = ("latentguard", "torch", "transformers", "nnsight", "numpy", "hydra-core", "wandb")
     checkout, commit = Path(__file__).parents[1], ""
     if (checkout / ".git").exists():
         with contextlib.suppress(OSError):  # no git here
             commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout, check=False).stdout.strip()
-    return {"versions": {name: version(name) for name in names}, "python": platform.python_version(), "machine": platform.platform(), "commit": commit or None}
+    return commit or None
+
+
+def _environment() -> dict:
+    import platform
+    from importlib.metadata import version
+
+    names = ("latentguard", "torch", "transformers", "nnsight", "numpy", "hydra-core", "wandb")
+    return {"versions": {name: version(name) for name in names}, "python": platform.python_version(), "machine": platform.platform(), "commit": _commit()}
 
 
 def main() -> None:

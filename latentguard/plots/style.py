@@ -3,6 +3,7 @@
 Colours are the Okabe-Ito set, told apart by the colour-blind; every line has its own marker, every rate its interval.
 """
 
+import csv
 import functools
 import math
 import os
@@ -103,6 +104,15 @@ def save(figure: Figure, stem: Path) -> None:
                 partial.replace(stem.with_name(f"{stem.name}.{kind}"))
             finally:
                 partial.unlink(missing_ok=True)
+
+
+def keep(figure: Figure, stem: Path, rows: Rows) -> None:
+    """The figure as `save` has it, and the numbers in it beside it: `stem`.csv."""
+    save(figure, stem)
+    with stem.with_name(f"{stem.name}.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def group_style(name: str) -> tuple[str, str, str]:

@@ -57,20 +57,19 @@ def run(asked: argparse.Namespace) -> int:
     folders = [Path(folder) for folder in asked.folders]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError(f"{asked.folders[-1]} is named twice: name each run once")
+    from latentguard.report.page import write, write_report
     from latentguard.report.runs import read_runs
 
-    runs = [one for folder in folders for one in read_runs(folder)]
-    where = asked.out or (folders[0] if len(folders) == 1 else _beside(folders))
-    if asked.wandb:
-        return _wandb(asked, runs, where)
-    from latentguard.report.page import write, write_report
-
     full = asked.generations == "full"
-    if len(folders) == 1:
+    if len(folders) == 1 and not asked.wandb:
         page = write_report(folders[0], full=full, out=asked.out)
     else:
         from latentguard.report.comparison import comparison_page
 
+        runs = [one for folder in folders for one in read_runs(folder)]
+        where = asked.out or (folders[0] if len(folders) == 1 else _beside(folders))
+        if asked.wandb:
+            return _wandb(asked, runs, where)
         page = write(comparison_page(runs, where, full=full), where)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), and the same as {page.with_suffix('.md').name}")
     return 0

@@ -6,7 +6,7 @@ for each model has its own: where a run holds several, a prompt's answers are av
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,13 +111,16 @@ def comparison_page(runs: Sequence[Run], at: Path, *, full: bool = True) -> Page
     names = words(runs)
     parts = [paired(runs[0], other, names[0], name, at, number) for number, (other, name) in enumerate(zip(runs[1:], names[1:], strict=True), 1)]
     lead = " ".join(section.lead for section in parts)
-    sections = [Section("The runs", blocks=[listed(runs, names)]), *parts, Section("The numbers side by side", blocks=side_by_side(runs, names))]
+    sections = [
+        Section("The runs", blocks=[listed(runs, names, "", "folder", _address)]),
+        *parts,
+        Section("The numbers side by side", blocks=side_by_side(runs, names)),
+    ]
     if figures := beside(runs, names, at, full=full):
         sections.append(Section("The figures side by side", blocks=figures))
     sections.append(Section("What differs in how they were made", blocks=[settings(runs, names)]))
     head = ["Differences are paired by prompt; intervals are 95%, prompts resampled."]
-    links = {_address(run): quote(os.path.relpath(run.folder / "report.html", at)) for run in runs if (run.folder / "report.html").is_file()}
-    return Page(f"Comparison: {' and '.join(names)}", lead, head, sections, paper.MARKS, links)
+    return Page(f"Comparison: {' and '.join(names)}", lead, head, sections, paper.MARKS, links(runs, at, _address))
 
 
 def _address(run: Run) -> str:
@@ -125,13 +128,18 @@ def _address(run: Run) -> str:
     return f"{where.parent.name}/{where.name}"
 
 
-def listed(runs: Sequence[Run], names: Sequence[str]) -> Sheet:
-    """Each run with its state, headline and claim."""
+def links(runs: Sequence[Run], at: Path, called: Callable[[Run], str]) -> dict[str, str]:
+    """Where a page in folder `at` finds the pages of these runs, by what it calls them."""
+    return {called(run): quote(os.path.relpath(run.folder / "report.html", at)) for run in runs if (run.folder / "report.html").is_file()}
+
+
+def listed(runs: Sequence[Run], names: Sequence[str], title: str, column: str, called: Callable[[Run], str]) -> Sheet:
+    """Each run with its state, headline and claim; the last column has what its page is called."""
     rows = [
-        [name, paper.STATUS.get(run.state, run.state), found(run.headline) if run.headline else "—", run.claim, _address(run)]
+        [name, paper.STATUS.get(run.state, run.state), found(run.headline) if run.headline else "—", run.claim, called(run)]
         for run, name in zip(runs, names, strict=True)
     ]
-    return Sheet("", ["run", "state", "headline [95% interval]", "claim", "folder"], rows)
+    return Sheet(title, ["run", "state", "headline [95% interval]", "claim", column], rows)
 
 
 def paired(first: Run, second: Run, one: str, other: str, at: Path, place: int) -> Section:

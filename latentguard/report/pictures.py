@@ -1,6 +1,5 @@
 """Figures as parts of a page: those a run kept, and those the page draws itself. Knows no study."""
 
-import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from urllib.parse import quote
 
 from latentguard.charts import Plot
 from latentguard.pages import Block, Picture
-from latentguard.plots.style import save
+from latentguard.plots.style import keep
 from latentguard.report.runs import Run, still_of
 
 _SAVED: dict[Path, str] = {}  # what this process has drawn where
@@ -32,11 +31,7 @@ def drawn(page: Path, name: str, plot: Plot, rows: Sequence[Mapping[str, Any]]) 
     stem = page / "figures" / name
     stem.parent.mkdir(parents=True, exist_ok=True)
     if _SAVED.get(stem) != (told := json.dumps([plot.title, *rows], default=str)):  # a series writes its page after each study
-        save(plot.figure, stem)
+        keep(plot.figure, stem, rows)
         _SAVED[stem] = told
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
     still = still_of(stem)
     return Picture(name, plot.title, plot.caption, still, f"figures/{quote(still.name)}" if still else "", rows, plot.chart)

@@ -1,18 +1,16 @@
 """A sweep → one page: every model and study with its number, over seeds where there are several. Knows no experiment."""
 
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
-from urllib.parse import quote
 
 from latentguard.pages import Block, Command, Page, Section, Sheet
 from latentguard.plots.comparing import forest
 from latentguard.report import paper
-from latentguard.report.comparison import beside, settings, side_by_side
+from latentguard.report.comparison import beside, links, listed, settings, side_by_side
 from latentguard.report.page import against
 from latentguard.report.pictures import drawn
 from latentguard.report.replies import replies
@@ -35,7 +33,7 @@ def sweep_page(folder: Path, runs: Sequence[Run], at: Path, *, full: bool = True
         plot = forest(rows, title="Headline numbers", caption=caption, what="value", name="run", series="seed" if seeds else None, panel="metric")
         blocks.append(drawn(at, "headlines", plot, rows))
         blocks.append(_over_seeds(rows) if seeds else "One seed: nothing is told of how much seeds differ.")
-    sections.append(Section("What was found", blocks=[*blocks, _claims(runs, names)]))
+    sections.append(Section("What was found", blocks=[*blocks, listed(runs, names, "Every job", "its own page", _address)]))
     for study in dict.fromkeys(run.study for run in runs):
         held = [run for run in runs if run.study == study and run.finished]
         if not held:
@@ -60,8 +58,13 @@ def sweep_page(folder: Path, runs: Sequence[Run], at: Path, *, full: bool = True
     odd = "".join(f", {count} {words_}" for words_, count in states.items() if count)
     lead = f"{len(done)} of {len(runs) + len(missing)} jobs are done{odd}: {models} model{'s' * (models > 1)}, {studies} stud{'ies' if studies > 1 else 'y'}."
     best = _ranges(rows)
-    links = {f"{run.folder.name}/report.html": quote(os.path.relpath(run.folder / "report.html", at)) for run in runs if (run.folder / "report.html").is_file()}
-    return Page(f"Sweep {folder.resolve().name}", f"{lead} {best}{'.' if best else ''}", ["Intervals are 95%."], sections, paper.MARKS, links)
+    return Page(
+        f"Sweep {folder.resolve().name}", f"{lead} {best}{'.' if best else ''}", ["Intervals are 95%."], sections, paper.MARKS, links(runs, at, _address)
+    )
+
+
+def _address(run: Run) -> str:
+    return f"{run.folder.name}/report.html"
 
 
 def headlines(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -121,17 +124,3 @@ def _over_seeds(rows: Sequence[dict[str, Any]]) -> Sheet:
         spread = interval(mean(values), min(values), max(values)) if values else "—"
         cells.append([run, metric, spread, str(len(values)), ", ".join(f"{row['seed']}: {number(row['value'])}" for row in some)])
     return Sheet("Over seeds: the mean, and in brackets the least and the most", ["run", "metric", "mean [least, most]", "seeds", "each"], cells)
-
-
-def _claims(runs: Sequence[Run], names: Sequence[str]) -> Sheet:
-    cells = [
-        [
-            name,
-            paper.STATUS.get(run.state, run.state),
-            found(run.headline) if run.headline else "—",
-            run.claim,
-            f"{run.folder.name}/report.html",
-        ]
-        for run, name in zip(runs, names, strict=True)
-    ]
-    return Sheet("Every job", ["run", "state", "headline [95% interval]", "claim", "its own page"], cells)

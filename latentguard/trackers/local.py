@@ -1,6 +1,5 @@
 """A run's folder, or lists in memory: where rows, figures, directions and the summary go. Knows no experiment and no W&B."""
 
-import csv
 import json
 import math
 import os
@@ -156,15 +155,10 @@ class Files:
 
     def figure(self, name: str, figure: "Plot | Figure", data: Sequence[Mapping[str, Any]], *, replies: bool = False) -> None:
         """figures/<name>.png, .svg and .pdf with the numbers in <name>.csv, and an entry in figures/index.json."""
-        from latentguard.plots.style import save
+        from latentguard.plots.style import keep
 
         plot = figure if isinstance(figure, Plot) else Plot(figure, _title(figure) or name)
-        stem = self.folder / "figures" / name
-        save(plot.figure, stem)
-        with stem.with_name(f"{name}.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in data for key in row)))
-            writer.writeheader()
-            writer.writerows(data)
+        keep(plot.figure, self.folder / "figures" / name, data)
         chart = plot.chart.as_dict() if plot.chart else None
         self._index[name] = {"title": plot.title, "caption": plot.caption, "replies": replies, "chart": chart}
         self.write_json("figures/index.json", self._index)
