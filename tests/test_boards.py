@@ -384,6 +384,28 @@ def test_a_server_that_gives_nothing_is_one_sentence_and_an_end(python, sweep, t
     assert "wandb login" in lines[0] and not server.views
 
 
+STUCK = """
+import signal, sys
+import psutil
+from latentguard.report import boards
+from latentguard.report.__main__ import main
+let_go = boards._let_go
+def stuck():
+    for child in psutil.Process().children():
+        child.send_signal(signal.SIGSTOP)
+    let_go()
+boards._let_go = stuck
+sys.exit(main([sys.argv[1], "--wandb"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_service_that_never_ends_does_not_hold_the_command(python, sweep, tmp_path):
+    with Boards(behave="refuse") as server:
+        done = ended(python, tmp_path, "-c", STUCK, str(sweep), **server.environment(), WANDB_HTTP_TIMEOUT="1")
+    assert done.returncode == 2 and "latentguard: W&B took nothing: " in done.stderr
+
+
 @pytest.mark.slow
 def test_a_dry_run_writes_both_for_runs_of_any_tracker_and_asks_no_server(python, tmp_path):
     folder = a_run(tmp_path / "one")

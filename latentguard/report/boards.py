@@ -3,6 +3,7 @@
 What a model said is in neither. Texts of models and data stand in blocks that W&B shows as they are, or in tables behind backslashes.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 _KEY_SECONDS = 60  # for a key to be typed, where W&B asks for one
+_SERVICE_SECONDS = 5  # for W&B's service to end by itself, once it failed
 _MANY = 20  # runs whose claims and verdicts are written out; of more, the first
 
 
@@ -65,8 +67,23 @@ def publish(runs: Sequence[Run], entity: str | None = None, project: str | None 
     except TimeoutError:
         raise InputError(f"W&B asked for a key and got none within {_KEY_SECONDS} s: run `wandb login`, or set WANDB_API_KEY") from None
     except (CommError, UsageError, WandbApiFailedError) as error:
+        _let_go()
         said = plain(str(error).splitlines()[0], 200)
         raise InputError(f"W&B took nothing: {said}; look at the network and at `wandb login`, or use --dry-run") from error
+
+
+def _let_go() -> None:
+    """W&B's service may wait for a server that hangs, and our end for the service: it gets some seconds."""
+    import psutil
+
+    def end() -> None:
+        for child in psutil.Process().children():
+            if "wandb" in child.name():
+                child.kill()
+
+    waiting = threading.Timer(_SERVICE_SECONDS, end)
+    waiting.daemon = True
+    waiting.start()
 
 
 def _projects(api: Any, entity: str) -> set[str]:
