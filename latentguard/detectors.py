@@ -24,7 +24,7 @@ States = Float[Tensor, "prompt layer d_model"]
 
 
 @dataclass(frozen=True, eq=False)
-class LatentGuard:
+class Centroids:
     """Two centroids a layer at one position (arXiv 2507.11878, §3.2, §5).
 
     A prompt is harmful where its mean separation over `layers` is above `threshold`; the paper's rule averages all L + 1
@@ -43,7 +43,7 @@ class LatentGuard:
     layers: tuple[int, ...] | None = None
 
     @classmethod
-    def fit(cls, states: Activations, high: Iterable[Prompt], low: Iterable[Prompt], *, position: str = "t_inst") -> "LatentGuard":
+    def fit(cls, states: Activations, high: Iterable[Prompt], low: Iterable[Prompt], *, position: str = "t_inst") -> "Centroids":
         """Centroids of two lists of prompts among `states`.
 
         Raises:
@@ -51,7 +51,7 @@ class LatentGuard:
         """
         high, low = list(high), list(low)
         if not high or not low:
-            raise InputError(f"LatentGuard needs prompts on both sides, got {len(high)} and {len(low)}")
+            raise InputError(f"Centroids needs prompts on both sides, got {len(high)} and {len(low)}")
         poles = [states.at(position, side).double().mean(0).float() for side in (high, low)]
         if not all(pole.isfinite().all() for pole in poles):
             raise InputError(f"states at {position} are not all finite: load the model in bfloat16 or float32")
@@ -67,7 +67,7 @@ class LatentGuard:
         found = self.separation(states)
         return found.mean(-1) if self.layers is None else found[:, list(self.layers)].mean(-1)
 
-    def at_layer(self, layer: int) -> "LatentGuard":
+    def at_layer(self, layer: int) -> "Centroids":
         """The same centroids, one state."""
         return replace(self, layers=(layer,))
 
@@ -81,7 +81,7 @@ class Projection:
     layer: int
 
     @classmethod
-    def fit(cls, guard: LatentGuard, layer: int) -> "Projection":
+    def fit(cls, guard: Centroids, layer: int) -> "Projection":
         """From the centroids of a guard."""
         difference = guard.high[layer] - guard.low[layer]
         unit = difference / difference.norm().clamp_min(1e-12)
@@ -115,7 +115,7 @@ class Counted:
         return [sum(self.log_odds.get(item, 0.0) for item in items) / max(1, len(items)) for items in prompts]
 
 
-def best_layer(guard: LatentGuard, high: States, low: States) -> int:
+def best_layer(guard: Centroids, high: States, low: States) -> int:
     """The state by which a guard tells two lots of validation prompts apart best (AUROC); the middle one among equals, and
     where a lot is empty.
     """

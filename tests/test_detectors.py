@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, ngrams
+from latentguard.detectors import Counted, Centroids, Projection, best_layer, ngrams
 from latentguard.directions import Activations
 from latentguard.errors import InputError
 from latentguard.metrics import auroc
@@ -24,11 +24,11 @@ def states_of(n, seed, shift=None):
 @pytest.fixture
 def guard():
     poles = states_of(2, 0)
-    return LatentGuard(poles[0], poles[1])
+    return Centroids(poles[0], poles[1])
 
 
 def test_swapping_the_poles_negates_every_score(guard):
-    states, swapped = states_of(9, 1), LatentGuard(guard.low, guard.high)
+    states, swapped = states_of(9, 1), Centroids(guard.low, guard.high)
     torch.testing.assert_close(guard.separation(states), -swapped.separation(states))
     torch.testing.assert_close(guard.score(states), -swapped.score(states))
     assert guard.score(states).abs().min() > 1e-3
@@ -48,7 +48,7 @@ def test_s_is_a_difference_of_two_cosines(guard):
 
 def test_opposite_poles_reach_both_ends():
     pole = torch.randn(LAYERS, WIDTH)
-    s = LatentGuard(pole, -pole).separation(torch.stack([3 * pole, -0.1 * pole]))
+    s = Centroids(pole, -pole).separation(torch.stack([3 * pole, -0.1 * pole]))
     torch.testing.assert_close(s, torch.tensor([[2.0], [-2.0]]).expand(2, LAYERS))
 
 
@@ -58,7 +58,7 @@ def test_delta_is_the_mean_over_all_layers_or_the_chosen_ones(guard):
     torch.testing.assert_close(guard.score(states), s.sum(1) / LAYERS)
     for layer in range(LAYERS):
         torch.testing.assert_close(guard.at_layer(layer).score(states), s[:, layer])
-    chosen = LatentGuard(guard.high, guard.low, layers=(1, 4))
+    chosen = Centroids(guard.high, guard.low, layers=(1, 4))
     torch.testing.assert_close(chosen.score(states), (s[:, 1] + s[:, 4]) / 2)
 
 
@@ -66,11 +66,11 @@ def test_the_length_of_a_state_or_a_pole_changes_nothing(guard):
     states = states_of(5, 4)
     scales = torch.rand(5, LAYERS, 1) * 9 + 0.1
     torch.testing.assert_close(guard.score(states * scales), guard.score(states), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(LatentGuard(7 * guard.high, 0.2 * guard.low).score(states), guard.score(states), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(Centroids(7 * guard.high, 0.2 * guard.low).score(states), guard.score(states), atol=1e-5, rtol=1e-5)
 
 
 def test_equal_poles_tell_nothing(guard):
-    assert LatentGuard(guard.high, guard.high).score(states_of(4, 5)).abs().max() == 0
+    assert Centroids(guard.high, guard.high).score(states_of(4, 5)).abs().max() == 0
 
 
 def activations(groups):
@@ -82,14 +82,14 @@ def activations(groups):
 def test_fit_takes_the_means_of_its_own_prompts_only():
     groups = {"high": states_of(4, 6), "low": states_of(3, 7), "else": states_of(5, 8) * 100}
     states, prompts = activations(groups)
-    guard = LatentGuard.fit(states, prompts[:4], prompts[4:7])
+    guard = Centroids.fit(states, prompts[:4], prompts[4:7])
     torch.testing.assert_close(guard.high, groups["high"].mean(0))
     torch.testing.assert_close(guard.low, groups["low"].mean(0))
     for sides in ((prompts[:4], []), ([], prompts[4:])):
         with pytest.raises(InputError, match="both sides"):
-            LatentGuard.fit(states, *sides)
+            Centroids.fit(states, *sides)
     with pytest.raises(InputError, match="was not read"):
-        LatentGuard.fit(states, prompts[:4], prompts[4:7], position="t_post_inst")
+        Centroids.fit(states, prompts[:4], prompts[4:7], position="t_post_inst")
 
 
 def test_states_that_are_not_finite_are_refused_and_not_called_harmless():
@@ -98,7 +98,7 @@ def test_states_that_are_not_finite_are_refused_and_not_called_harmless():
     groups["high"][2, 3, 1] = float("inf")
     states, prompts = activations(groups)
     with pytest.raises(InputError, match="finite"):
-        LatentGuard.fit(states, prompts[:4], prompts[4:])
+        Centroids.fit(states, prompts[:4], prompts[4:])
 
 
 def test_projection_is_zero_half_way_and_in_the_states_units(guard):
@@ -159,7 +159,7 @@ def planted_at(layers, n=40, seed=11):
     shift = torch.zeros(LAYERS, WIDTH)
     shift[list(layers), 0] = 6.0
     high, low = states_of(n, seed, shift), states_of(n, seed + 1, -shift)
-    return LatentGuard(states_of(n, seed + 2, shift).mean(0), states_of(n, seed + 3, -shift).mean(0)), high, low
+    return Centroids(states_of(n, seed + 2, shift).mean(0), states_of(n, seed + 3, -shift).mean(0)), high, low
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

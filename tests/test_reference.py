@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from latentguard import published
-from latentguard.detectors import LatentGuard
+from latentguard.detectors import Centroids
 from latentguard.directions import Direction, cosine
 from latentguard.experiments.categories import _matrix, _off_diagonal
 from tests.conftest import SHARED
@@ -31,8 +31,8 @@ def tensors():
 @pytest.fixture(scope="module")
 def guards(tensors):
     return (
-        LatentGuard(tensors["qwen-hf-cls-all-layer"], tensors["qwen-hl-cls-all-layer"], "t_inst"),
-        LatentGuard(tensors["qwen-refuse-cls-all-layer"], tensors["qwen-accept-cls-all-layer"], "t_post_inst"),
+        Centroids(tensors["qwen-hf-cls-all-layer"], tensors["qwen-hl-cls-all-layer"], "t_inst"),
+        Centroids(tensors["qwen-refuse-cls-all-layer"], tensors["qwen-accept-cls-all-layer"], "t_post_inst"),
     )
 
 
@@ -60,7 +60,7 @@ def test_g1_rests_on_the_right_positions_and_on_all_states(guards, five):
     harm, refuse = guards
     assert (harm.score(five[:, T_POST_INST]) - harm.score(five[:, T_INST])).abs().min() > 5e-3
     assert (refuse.score(five[:, T_INST]) - refuse.score(five[:, T_POST_INST])).abs().min() > 5e-3
-    without = LatentGuard(harm.high, harm.low, "t_inst", layers=tuple(range(1, 29)))
+    without = Centroids(harm.high, harm.low, "t_inst", layers=tuple(range(1, 29)))
     assert (without.score(five[:, T_INST]) - harm.score(five[:, T_INST])).abs().max() > 1e-3
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latentguard.datasets import load_dataset
-from latentguard.detectors import LatentGuard
+from latentguard.detectors import Centroids
 from latentguard.errors import InputError
 from latentguard.experiments.beliefs import Beliefs
 from latentguard.experiments.detect import Detect
@@ -310,13 +310,13 @@ def test_every_number_of_detect_can_be_counted_again(detected):
 @pytest.mark.parametrize("augment", [False, True])
 def test_nothing_scored_shares_a_group_with_what_made_the_centroids(monkeypatch, data, augment):
     """Also with the accepted harmful prompts that join the pole: a request and its twin or rewrite stay on one side."""
-    fitted, fit = set(), LatentGuard.fit
+    fitted, fit = set(), Centroids.fit
 
     def watched(states, high, low, **place):
         fitted.update(p.group for p in (*high, *low))
         return fit(states, high, low, **place)
 
-    monkeypatch.setattr(LatentGuard, "fit", watched)
+    monkeypatch.setattr(Centroids, "fit", watched)
     backend = Planted(refuses=lambda p: number(p) % 10 == 9 if p.label == "harmless" else REFUSES(p))
     summary, tracker = run(Detect(augment=augment, casting=CASTING), data, backend)
     assert (summary["n_centroids"]["harmful"] > 36) is augment, "some joined"

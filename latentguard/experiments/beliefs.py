@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
-from latentguard.detectors import LatentGuard
+from latentguard.detectors import Centroids
 from latentguard.experiments import Row, effect, headline, opening
 from latentguard.judges import Judge
 from latentguard.metrics import Value, as_text, auroc, mean, pearson
@@ -59,7 +59,7 @@ class Beliefs:
         }
         groups = ({"refused_harmful": cast.test["refused_harmful"].prompts} if broken else held_out(cast)) | {k: f.prompts for k, f in broken.items()}
         states = backend.read([*cast.high, *cast.low, *(p for prompts in groups.values() for p in prompts)], "all", places)
-        harm, refuse = (LatentGuard.fit(states, cast.high, cast.low, position=place) for place in places)
+        harm, refuse = (Centroids.fit(states, cast.high, cast.low, position=place) for place in places)
         points = [
             {**_about(prompt), "group": group, "harmful": float(x), "refuse": float(y)}
             for group, prompts in groups.items()

@@ -15,7 +15,7 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.behaviour import Mass, answer_tokens
 from latentguard.datasets import Dataset
-from latentguard.detectors import LatentGuard, Projection
+from latentguard.detectors import Centroids, Projection
 from latentguard.directions import Activations, Direction, mean_difference
 from latentguard.errors import InputError
 from latentguard.experiments import Row, effect, headline, opening
@@ -155,7 +155,7 @@ class Categories:
         layer = round(sum(self.window) / 2 * states.n_layers)
         found: list[Row] = []
         for source, prompts in train.items():
-            detector = Projection.fit(LatentGuard.fit(states, prompts, harmless, position=place), layer)
+            detector = Projection.fit(Centroids.fit(states, prompts, harmless, position=place), layer)
             low = detector.score(states.at(place, held)).numpy()
             tracker.rows(
                 [{"stage": "transfer", "direction": source, "group": "harmless", "prompt_id": p.id, "score": float(v)} for p, v in zip(held, low, strict=True)]

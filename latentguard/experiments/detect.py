@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
-from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, last_tokens, ngrams
+from latentguard.detectors import Counted, Centroids, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
 from latentguard.experiments import Row, effect, headline, opening
 from latentguard.judges import Judge
@@ -84,11 +84,11 @@ class Detect:
             groups["elsewhere"] = tuple(dealt(data.role(elsewhere, "test"), self.casting.seed)[: self.n_elsewhere])
         validation = [f.prompts for f in cast.validation.values()]
         states = backend.read(_once([*high, *cast.low, *seen, *(p for part in (*groups.values(), *validation) for p in part)]), "all", [self.position])
-        guard = LatentGuard.fit(states, high, cast.low, position=self.position)
+        guard = Centroids.fit(states, high, cast.low, position=self.position)
         layer = best_layer(guard, *(states.at(self.position, side) for side in validation))
         detectors = self._detectors(backend, states, guard, layer, high, list(cast.low))
         if seen:
-            detectors["latent_guard_in_domain"] = _by_states(LatentGuard.fit(states, [*high, *seen], cast.low, position=self.position), states)
+            detectors["latent_guard_in_domain"] = _by_states(Centroids.fit(states, [*high, *seen], cast.low, position=self.position), states)
         table = [line for name, scores in detectors.items() for line in self._lines(name, scores, groups, asked, tracker)]
         summary = opening("latent_guard", backend, data, judge) | {"poles": cast.poles, "cells": cast.counts(), "table": table}
         summary |= {"validated_layer": layer, "n_centroids": {"harmful": len(high), "harmless": len(cast.low)}, "figures": ["latent_guard"]}
@@ -100,7 +100,7 @@ class Detect:
         tracker.figure("latent_guard", plots.detectors_by_group(table, title=f"{backend.name}: detectors on held-out prompts{poles}"), table)
         return summary
 
-    def _detectors(self, backend: Backend, states: Activations, guard: LatentGuard, layer: int, high: list[Prompt], low: list[Prompt]) -> dict[str, Scores]:
+    def _detectors(self, backend: Backend, states: Activations, guard: Centroids, layer: int, high: list[Prompt], low: list[Prompt]) -> dict[str, Scores]:
         """Each detector as prompts → scores with its threshold at 0."""
         last = Counted.fit(last_tokens(backend, high), last_tokens(backend, low))
         words = Counted.fit([ngrams(p.instruction) for p in high], [ngrams(p.instruction) for p in low])

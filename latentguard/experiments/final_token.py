@@ -16,7 +16,7 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset, load_dataset
-from latentguard.detectors import Counted, LatentGuard, Projection, best_layer, last_tokens, ngrams
+from latentguard.detectors import Counted, Centroids, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
 from latentguard.errors import InputError
 from latentguard.experiments import Row, headline, opening
@@ -138,13 +138,13 @@ class FinalToken:
         """(name, position, prompts → scores) of every detector."""
         high, low = (sets["train"][name] for name in fit)
         for position in self.positions:
-            guard = LatentGuard.fit(states, high, low, position=position)
+            guard = Centroids.fit(states, high, low, position=position)
             layer = best_layer(guard, *(states.at(position, sets["validation"].get(name, [])) for name in fit))
             for name, fitted in (("", guard), ("_one_layer", guard.at_layer(layer)), ("projection_one_layer", Projection.fit(guard, layer))):
                 full = name if name.startswith("projection") else f"latent_guard{name}"
                 yield full, position, lambda ps, g=fitted, at=position: g.score(states.at(at, ps)).numpy()
             for sides in mixed_sides(high, low, self.seed, self.shuffles):
-                control = LatentGuard.fit(states, *sides, position=position)
+                control = Centroids.fit(states, *sides, position=position)
                 yield SHUFFLED, position, lambda ps, g=control, at=position: g.score(states.at(at, ps)).numpy()
         last = dict(zip((p.id for p in states.prompts), last_tokens(backend, states.prompts), strict=True))
         baselines = {"last_token": lambda p: last[p.id], "ngram": lambda p: ngrams(p.instruction)}
@@ -155,7 +155,7 @@ class FinalToken:
     def _means(self, states: Activations, sets: dict[str, Sets], fit: tuple[str, str], terminal: str, tracker: Tracker) -> list[Row]:
         """Mean s at the first position over the window of layers, set by set."""
         position, depth = self.positions[0], states.n_layers
-        guard = LatentGuard.fit(states, *(sets["train"][name] for name in fit), position=position)
+        guard = Centroids.fit(states, *(sets["train"][name] for name in fit), position=position)
         inside = [i for i, layer in enumerate(states.layers) if round(self.window[0] * depth) <= layer <= round(self.window[1] * depth)]
         found = []
         for name, prompts in sets["test"].items():

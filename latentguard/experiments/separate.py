@@ -13,7 +13,7 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset
-from latentguard.detectors import LatentGuard
+from latentguard.detectors import Centroids
 from latentguard.directions import Activations
 from latentguard.experiments import Row, headline, opening
 from latentguard.judges import Judge
@@ -59,7 +59,7 @@ class Separate:
         rows: list[Row] = []
         table: list[Row] = []
         for position in positions:
-            guard = LatentGuard.fit(states, cast.high, cast.low, position=position)
+            guard = Centroids.fit(states, cast.high, cast.low, position=position)
             shuffled = self._shuffled(states, cast, position, groups, inside)
             for group, prompts in groups.items():
                 if not prompts:
@@ -87,7 +87,7 @@ class Separate:
         """The control: the same poles' prompts with their labels shuffled; the spread of s that labels without meaning give."""
         found: dict[str, list[float]] = {group: [] for group in groups}
         for sides in mixed_sides(cast.high, cast.low, self.casting.seed, self.shuffles):
-            guard = LatentGuard.fit(states, *sides, position=position)
+            guard = Centroids.fit(states, *sides, position=position)
             for group, prompts in groups.items():
                 if prompts:
                     found[group].append(float(guard.separation(states.at(position, prompts))[:, inside].mean()))

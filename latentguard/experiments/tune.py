@@ -20,7 +20,7 @@ from latentguard import published
 from latentguard.backends import Backend
 from latentguard.controls import halves_across
 from latentguard.datasets import Dataset
-from latentguard.detectors import LatentGuard
+from latentguard.detectors import Centroids
 from latentguard.directions import Activations, Direction, cosine, mean_difference, random_like
 from latentguard.experiments import Row, effect, headline, opening
 from latentguard.interventions import Cell, Grid, steering_grid
@@ -107,7 +107,7 @@ class _Seen:
     about: Row
     verdicts: dict[str, list[Verdict]]
     states: Activations
-    guard: LatentGuard
+    guard: Centroids
     directions: dict[str, Direction]
     steered: list[Row]
 
@@ -204,7 +204,7 @@ class _Run:
         }
         for direction in directions.values():
             self.tracker.direction(direction)
-        guard = LatentGuard.fit(states, high, low, position=self.set.harm_position)
+        guard = Centroids.fit(states, high, low, position=self.set.harm_position)
         told = {label: [verdicts[p.id] for p in self.held[label]] for label in LABELS}
         seen = _Seen(side, size, known, told, states, guard, directions, self._steer(backend, directions["refuse"], side, size))
         for label in LABELS:
@@ -213,7 +213,7 @@ class _Run:
                 self.tracker.rows([{**about(prompt), "stage": "separation", "position": self.set.harm_position, **seen.tags, **scores}])
         return seen
 
-    def _separation(self, seen: _Seen, label: str, guard: LatentGuard | None = None) -> np.ndarray:
+    def _separation(self, seen: _Seen, label: str, guard: Centroids | None = None) -> np.ndarray:
         """[prompt, layer] of held-out prompts, against the poles of the untouched model unless others are given."""
         guard = guard or (self.base.guard if seen.n_trained else seen.guard)
         return guard.separation(seen.states.at(self.set.harm_position, self.held[label])).double().numpy()
