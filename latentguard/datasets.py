@@ -25,7 +25,7 @@ from latentguard.prompts import Prompt, digest, messages_of, set_terminal
 from latentguard.weights import hub_reachable, problem
 
 log = logging.getLogger(__name__)
-BUILTIN = Path(__file__).parent / "data" / "builtin.jsonl"
+PACKAGED = Path(__file__).parent / "data"
 SPLITS = ("train", "validation", "test")
 # What the four roles of the paper (App. B) may be filled with where a data set names no sets for them.
 ROLES = {
@@ -147,6 +147,8 @@ class DataSpec:
     sets: tuple[str, ...] = ()
     hub: dict[str, Any] | None = None
     mirror: str | None = None
+    file: str | None = None
+    only: tuple[str, ...] = ()
     text: str = "prompt"
     label_field: str = "label"
     label: Literal["harmful", "harmless", "lookalike"] | None = None
@@ -199,7 +201,7 @@ def load_dataset(name: str | DataSpec, **changed: Any) -> Dataset:
     cards, dropped = [], 0
     for part in parts:
         rows, sha = _rows(part)
-        made = [_prompt(part, row, where) for where, row in rows]
+        made = [_prompt(part, row, where) for where, row in _chosen(part, rows)]
         for prompt, split in _limited(made, part.limit, spec.seed):
             done = set_terminal(prompt, spec.terminal)
             first = prompts.setdefault(_same(done), (done, split))[0]
@@ -217,6 +219,14 @@ def load_dataset(name: str | DataSpec, **changed: Any) -> Dataset:
     return Dataset(spec.name, *(PromptSet(tuple(sides[split])) for split in SPLITS), card={"terminal": spec.terminal, "sets": cards}, spec=spec)
 
 
+def _chosen(spec: DataSpec, rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """Rows of the categories asked for."""
+    found = [(where, row) for where, row in rows if not spec.only or (isinstance(row, dict) and row.get(spec.category) in spec.only)]
+    if not found:
+        raise InputError(f"data {spec.name}: no row has one of the categories data.only={list(spec.only)} in its field {spec.category!r}")
+    return found
+
+
 def _passed_on(spec: DataSpec) -> dict:
     given = {"mirror": spec.mirror, "limit": spec.limit}
     return {key: value for key, value in given.items() if value is not None}
@@ -226,13 +236,17 @@ def _rows(spec: DataSpec) -> tuple[list[tuple[str, dict]], str | None]:
     """Rows with the place each came from, and the file's hash."""
     if spec.path:
         return _file_rows(Path(spec.path).expanduser(), None)
-    if spec.name == "builtin":
-        return _file_rows(BUILTIN, None)
+    if _packaged(spec):
+        return _file_rows(PACKAGED / f"{spec.name}.jsonl", None)
     if spec.mirror:
-        return _file_rows(Path(spec.mirror).expanduser() / f"{spec.name}.jsonl", spec.sha256)
+        return _file_rows(Path(spec.mirror).expanduser() / f"{spec.file or spec.name}.jsonl", spec.sha256)
     if spec.hub:
         return _hub_rows(spec), None
-    raise InputError(f"data={spec.name} names no source: set data.path=FILE (.jsonl or .csv), or data.mirror=FOLDER with {spec.name}.jsonl in it")
+    raise InputError(f"data={spec.name} names no source: set data.path=FILE (.jsonl or .csv), or data.mirror=FOLDER with {spec.file or spec.name}.jsonl in it")
+
+
+def _packaged(spec: DataSpec) -> bool:
+    return spec.name in ("builtin", "sensitive")
 
 
 def _file_rows(path: Path, sha256: str | None) -> tuple[list[tuple[str, dict]], str]:
@@ -269,7 +283,7 @@ def _file_rows(path: Path, sha256: str | None) -> tuple[list[tuple[str, dict]], 
 
 def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
     hub = dict(spec.hub or {})
-    way_out = f"give a folder that holds {spec.name}.jsonl with data.mirror=FOLDER"
+    way_out = f"give a folder that holds {spec.file or spec.name}.jsonl with data.mirror=FOLDER"
     try:
         library: Any = import_module("datasets")
     except ImportError as error:
@@ -302,7 +316,7 @@ def _prompt(spec: DataSpec, row: Any, where: str) -> tuple[Prompt, str | None]:
     if value not in _HARMFUL | _HARMLESS:
         raise InputError(f"{where}: {spec.label_field}={label!r} is none of {', '.join(sorted(_HARMFUL | _HARMLESS))}")
     known |= {"harmful": value in _HARMFUL, "lookalike": value == "lookalike" or (spec.lookalike and value in _HARMLESS)}
-    split = _stated_split(row.get("split"), where) if spec.path or spec.name == "builtin" else None
+    split = _stated_split(row.get("split"), where) if spec.path or _packaged(spec) else None
     name = "" if row.get("id") is None else str(row["id"])
     tie = row.get(spec.group or "group")
     if isinstance(row.get("messages"), list):
