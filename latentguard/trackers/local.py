@@ -33,7 +33,7 @@ class Tracker(Protocol):
         ...
 
     def artifact(self, kind: str, name: str, path: Path, metadata: Mapping[str, Any]) -> None:
-        """A file that the run made and others may use: a guard, a detector. The same content has the same name in every run."""
+        """A file or a folder of files that the run made and others may use: a guard. The same content has the same name in every run."""
         ...
 
     def used(self, kind: str, name: str, metadata: Mapping[str, Any], path: Path | None = None) -> None:
@@ -188,7 +188,7 @@ class Files:
 
     def _note(self, what: Literal["made", "used"], kind: str, name: str, metadata: Mapping[str, Any], path: Path) -> None:
         file = str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
-        found = {"kind": kind, "name": name, "file": file, "sha256": sha256(path.read_bytes()).hexdigest(), "metadata": short(metadata)}
+        found = {"kind": kind, "name": name, "file": file, "sha256": _sha256(path), "metadata": short(metadata)}
         if found not in self._lineage[what]:
             self._lineage[what].append(found)
             self.write_json("lineage.json", self._lineage)
@@ -207,6 +207,13 @@ class Files:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; of a folder that of its files' names and hashes."""
+    if not path.is_dir():
+        return sha256(path.read_bytes()).hexdigest()
+    return sha256("".join(f"{file.name} {_sha256(file)}\n" for file in sorted(path.iterdir())).encode()).hexdigest()
 
 
 def artifact_name(direction: Direction) -> str:

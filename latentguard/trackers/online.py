@@ -211,7 +211,10 @@ class Wandb(Files):
             return
         with self._guard(f"{kind} {name}"):
             artifact = self._wandb.Artifact(word(f"{kind}-{name}"), type=kind, metadata=short(metadata))
-            artifact.add_file(str(path.absolute()), name=f"{kind}{path.suffix}", policy="immutable")
+            if path.is_dir():
+                artifact.add_dir(str(path.absolute()), policy="immutable")
+            else:
+                artifact.add_file(str(path.absolute()), name=f"{kind}{path.suffix}", policy="immutable")
             if used and not self.run.disabled:  # `use_artifact` refuses offline; this is what it would put on record
                 self.run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
             else:
