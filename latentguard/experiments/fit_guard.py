@@ -15,9 +15,9 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
 from latentguard.experiments import Row, headline, opening
-from latentguard.guards.baselines import baseline_scores
+from latentguard.guards.baselines import Baselines, baseline_scores
 from latentguard.guards.calibration import reliability
-from latentguard.guards.fitting import SPLITS, Candidate, Search, States, candidates_of, check_sides, fitted, unseen_scores
+from latentguard.guards.fitting import SPLITS, Candidate, Search, States, candidates_of, check_sides, fitted, parts, unseen_scores
 from latentguard.guards.guard import LatentGuard
 from latentguard.judges import Judge
 from latentguard.metrics import Value, as_text, auroc, paired_auroc, tpr_at_fpr
@@ -96,9 +96,9 @@ class FitGuard:
         for name, one in guard.thresholds.items():
             for what in ("fpr", "recall"):
                 promised = {"promised_low": one.low, "promised_high": one.high} if name.startswith(what) else {}
-                rows.append(
-                    {"set": "test", "detector": "guard", "is": f"{what} at {name}", "threshold": one.value, **seen["thresholds"][name][what], **promised}
-                )
+                kept = seen["thresholds"][name][what]
+                found = {"value": kept["rate"], "low": kept["low"], "high": kept["high"], "n": kept["n"]}
+                rows.append({"set": "test", "detector": "guard", "is": f"{what} at {name}", "threshold": one.value, **found, **promised})
         return rows
 
     def _curve(self, best: Candidate, states: States) -> list[Row]:
@@ -150,16 +150,15 @@ class _Unseen:
     def __init__(self, backend: Backend, best: Candidate, states: States, search: Search) -> None:
         self.prompts = [p for split in SPLITS for p in states.prompts[split]]
         self.harmful = np.concatenate([states.harmful[split] for split in SPLITS])
-        self.families = np.array([search.family(p) for p in self.prompts])
+        self.families = np.concatenate([parts(states, search, split) for split in SPLITS])
         self.labels = np.array([p.label for p in self.prompts])
         self.scores = {"guard": np.concatenate([unseen_scores(best, states, search, split) for split in SPLITS])}
-        shown = [p for split in SPLITS for p in states.shown[split]]
-        train = np.array([search.family(p) for p in states.prompts["train"]])
+        words = Baselines(backend, [p for split in SPLITS for p in states.shown[split]])
+        train = np.arange(len(self.prompts)) < len(states.prompts["train"])
         for family in dict.fromkeys(self.families):
-            here = np.flatnonzero(self.families == family)
-            fitted_on = [p for p, own in zip(states.shown["train"], train, strict=True) if own != family]
-            for name, found in baseline_scores(backend, fitted_on or states.shown["train"], [shown[i] for i in here]).items():
-                self.scores.setdefault(name, np.full(len(shown), np.nan))[here] = found
+            here = self.families == family
+            for name, found in words.scores(train & ~here, here).items():
+                self.scores.setdefault(name, np.full(len(here), np.nan))[here] = found
 
     def rows(self) -> list[Row]:
         """A family: its harmful prompts against its harmless ones, and either side against everybody else's. Then all, by kind."""

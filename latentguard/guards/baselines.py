@@ -15,31 +15,52 @@ if TYPE_CHECKING:
 BASELINES = ("last_token", "ngram", "tfidf", "length")
 
 
-def baseline_scores(backend: "Backend", train: Sequence[Prompt], scored: Sequence[Prompt]) -> dict[str, np.ndarray]:
-    """Scores [prompt] of harm by each baseline, fitted on `train`: the last token's id and words with pairs of words (naive Bayes, both
-    sides alike), the same words weighed by TF-IDF under a logistic regression, and the number of words.
+class Baselines:
+    """What reads the text of prompts alone, fitted on some of them and scoring others: the last token's id and words with pairs of words
+    (naive Bayes, both sides alike), the same words weighed by TF-IDF under a logistic regression, and the number of words.
     """
-    high, low = ([p for p in train if bool(p.harmful) is side] for side in (True, False))
-    last = Counted.fit(last_tokens(backend, high), last_tokens(backend, low))
-    words = Counted.fit([ngrams(p.instruction) for p in high], [ngrams(p.instruction) for p in low])
-    sizes = [np.mean([len(p.instruction.split()) for p in side]) if side else 0.0 for side in (high, low)]
-    sign = 1.0 if sizes[0] >= sizes[1] else -1.0
-    return {
-        "last_token": np.array(last.score(last_tokens(backend, scored))),
-        "ngram": np.array(words.score([ngrams(p.instruction) for p in scored])),
-        "tfidf": _weighed_words(train, scored),
-        "length": sign * np.array([float(len(p.instruction.split())) for p in scored]),
-    }
+
+    def __init__(self, backend: "Backend", prompts: Sequence[Prompt]) -> None:
+        self.harmful = np.array([bool(p.harmful) for p in prompts])
+        self.texts = np.array([p.instruction for p in prompts], dtype=object)
+        self.last, self.words = last_tokens(backend, prompts), [ngrams(p.instruction) for p in prompts]
+        self.sizes = np.array([float(len(p.instruction.split())) for p in prompts])
+
+    def scores(self, fitted: np.ndarray, scored: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores [prompt] of harm of the prompts of `scored`, by what was fitted on those of `fitted` (masks over all prompts), each set
+        so that the prompts it was fitted on have mean 0 and deviation 1 on either side's average: scores of several fits can be pooled.
+        """
+        found = {name: self._counted(items, fitted) for name, items in (("last_token", self.last), ("ngram", self.words))}
+        found["tfidf"] = self._weighed(fitted)
+        y = self.harmful
+        sign = 1.0 if self.sizes[fitted & y].mean() >= self.sizes[fitted & ~y].mean() else -1.0
+        found["length"] = sign * self.sizes
+        return {name: standard(every, fitted, y)[scored] for name, every in found.items()}
+
+    def _counted(self, items: list, fitted: np.ndarray) -> np.ndarray:
+        sides = ([items[i] for i in np.flatnonzero(fitted & side)] for side in (self.harmful, ~self.harmful))
+        return np.array(Counted.fit(*sides).score(items))
+
+    def _weighed(self, fitted: np.ndarray) -> np.ndarray:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+
+        words = TfidfVectorizer(analyzer=_items, sublinear_tf=True)
+        x = words.fit_transform(self.texts[fitted])
+        model = LogisticRegression(C=10.0, max_iter=300, class_weight="balanced").fit(x, self.harmful[fitted])
+        return np.asarray(model.decision_function(words.transform(self.texts)))
 
 
-def _weighed_words(train: Sequence[Prompt], scored: Sequence[Prompt]) -> np.ndarray:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
+def standard(scores: np.ndarray, fitted: np.ndarray, harmful: np.ndarray) -> np.ndarray:
+    """Scores without their unit: 0 half-way between the means of the two sides that were fitted on, 1 their mean deviation."""
+    high, low = scores[fitted & harmful], scores[fitted & ~harmful]
+    return (scores - (high.mean() + low.mean()) / 2) / ((high.std() + low.std()) / 2 or 1.0)
 
-    words = TfidfVectorizer(analyzer=_items, sublinear_tf=True)
-    x = words.fit_transform([p.instruction for p in train])
-    model = LogisticRegression(C=10.0, max_iter=300, class_weight="balanced").fit(x, [bool(p.harmful) for p in train])
-    return np.asarray(model.decision_function(words.transform([p.instruction for p in scored])))
+
+def baseline_scores(backend: "Backend", train: Sequence[Prompt], scored: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """Scores [prompt] of harm by each baseline, fitted on `train`."""
+    fitted = np.arange(len(train) + len(scored)) < len(train)
+    return Baselines(backend, [*train, *scored]).scores(fitted, ~fitted)
 
 
 def _items(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from latentguard.datasets import PromptSet
 from latentguard.errors import InputError
-from latentguard.guards.baselines import areas, baseline_scores, warnings_of
+from latentguard.guards.baselines import areas, baseline_scores, standard, warnings_of
 from latentguard.guards.calibration import KINDS, calibration_error, isotonic, platt, promise
 from latentguard.guards.drift import Reference
 from latentguard.guards.guard import PROMISES, LatentGuard, promised
@@ -245,10 +245,7 @@ def unseen_scores(candidate: Candidate, states: States, search: Search, split: s
     Probes have no common unit: each is set so that the train prompts it was fitted on have mean 0 and deviation 1 on either side's average.
     A single family is dealt into five parts by group instead.
     """
-    train = np.array([search.family(p) for p in states.prompts["train"]])
-    scored = np.array([search.family(p) for p in states.prompts[split]])
-    if len(set(train)) < 2:
-        train, scored = (np.array([int(digest(p.group)[:8], 16) % 5 for p in states.prompts[s]]) for s in ("train", split))
+    train, scored = (parts(states, search, one) for one in ("train", split))
     found = np.full(len(scored), np.nan)
     for family in dict.fromkeys(scored):
         rows = train != family
@@ -256,11 +253,18 @@ def unseen_scores(candidate: Candidate, states: States, search: Search, split: s
         if not y.any() or y.all():
             raise InputError(f"without {family} the train split has prompts on one side alone: join another set, or set criterion=within")
         probe = fit_on(candidate, states, search, rows)
-        own = probe.raw(states.of("train", candidate)[torch.from_numpy(rows)]).numpy()
-        middle, spread = (own[y].mean() + own[~y].mean()) / 2, (own[y].std() + own[~y].std()) / 2 or 1.0
         here = scored == family
-        found[here] = (probe.raw(states.of(split, candidate)[torch.from_numpy(here)]).numpy() - middle) / spread
+        own, other = (probe.raw(states.of(of, candidate)[torch.from_numpy(those)]).numpy() for of, those in (("train", rows), (split, here)))
+        fitted = np.arange(len(own) + len(other)) < len(own)
+        found[here] = standard(np.concatenate([own, other]), fitted, np.concatenate([y, np.zeros(len(other), bool)]))[~fitted]
     return found
+
+
+def parts(states: States, search: Search, split: str) -> np.ndarray:
+    """What is left out together with each prompt of a split: its family; where the train split has one family alone, one of five lots of groups."""
+    if len({search.family(p) for p in states.prompts["train"]}) > 1:
+        return np.array([search.family(p) for p in states.prompts[split]])
+    return np.array([f"part {int(digest(p.group)[:8], 16) % 5 + 1} of 5" for p in states.prompts[split]])
 
 
 def fit_on(candidate: Candidate, states: States, search: Search, rows: np.ndarray) -> Probe:

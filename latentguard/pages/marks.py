@@ -32,7 +32,7 @@ def layers(chart: Chart, values: list[Spec], series: list[str], dashes: list[str
     marks = _marks(chart, values, series, dashes, _heights(chart, everything), near)
     if references:
         marks = [{**mark, "transform": [{"filter": "!isValid(datum.line)"}]} for mark in marks]
-    height: Any = {"step": max(22, 11 * max(1, len(series)))} if chart.lying else 240
+    height: Any = {"step": max(22, 11 * max(1, len(series))), "for": "position"} if chart.lying else 240
     return {"height": height, "layer": [*_references(chart, references), *marks]}
 
 

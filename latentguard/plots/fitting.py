@@ -25,10 +25,8 @@ def reliability_curve(rows: Rows, *, title: str) -> Plot:
 @in_style
 def unseen_families(rows: Rows, *, title: str) -> Plot:
     """AUROC with intervals, a row a comparison, a colour a detector. Rows: set, comparison, detector, value, low, high, n."""
-    caption = (
-        "AUROC on prompts of families of sets that neither probe nor baseline was fitted on, with bootstrap 95% intervals over prompts: the guard, and naive "
-    )
-    caption += "Bayes over words and pairs of words. A family of one label is set against the other label of all other families."
+    caption = "AUROC on prompts of families of sets that neither probe nor baseline was fitted on, with bootstrap 95% intervals: the guard, and a logistic "
+    caption += "regression on words and pairs of words weighed by TF-IDF. A family of one label is set against the other label of all other families."
     shown = [row for row in rows if row["detector"] in ("guard", "tfidf")]
     return forest(shown, title=title, caption=caption, what="AUROC", name="set", series="detector", panel="comparison")
 
