@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 NDIF := .venv-ndif/bin/python
+# Processes that run tests side by side, a file each; each may hold a small real model (2 GB).
+WORKERS ?= 2
 # Threads that wait give way, and freed memory is kept for the next forward pass: about a tenth less time on two cores.
 export OMP_WAIT_POLICY ?= passive
 export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
@@ -19,7 +21,7 @@ demo: .venv/ready  ## steer a small real model into refusing; figures under runs
 	@model=$$($(PY) -m latentguard.weights qwen2_5_coder_0_5b qwen2_5_coder_0_5b_q4) && $(PY) -m latentguard.run exp=steer_harm data=builtin model=$$model
 
 test: .venv/ready  ## all tests, the real model's too
-	$(PY) -m pytest -q -m "not docs and not browser"
+	$(PY) -m pytest -q -n $(WORKERS) --dist loadfile -m "not docs and not browser"
 
 test-fast: .venv/ready  ## seconds: random weights only
 	$(PY) -m pytest -q -m "not real and not slow and not docs and not browser"

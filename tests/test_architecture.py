@@ -10,9 +10,9 @@ from tests.conftest import REPO
 
 PACKAGE = REPO / "latentguard"
 LEVELS = {
-    4: {"run", "sweeps", "bench"},
+    4: {"run", "sweeps", "bench", "serve"},
     3: {"experiments"},
-    2: {"detectors", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "report", "tables"},
+    2: {"detectors", "guards", "guard_models", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "report", "tables"},
     1: {"backends", "families", "weights", "templates"},
     0: {
         "prompts",
@@ -39,6 +39,7 @@ LEVELS = {
         "stock",
         "configs",
         "ranks",
+        "perturbations",
     },
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
@@ -47,11 +48,13 @@ ONLY_IN = {
     "transformers": ("backends", "weights", "tuning", "bench"),  # bench: the floors are plain transformers
     "wandb": ("trackers", "report"),
     "wandb_workspaces": ("report",),
-    "hydra": ("run", "sweeps"),
-    "omegaconf": ("run", "sweeps"),
+    "hydra": ("run", "sweeps", "serve"),
+    "omegaconf": ("run", "sweeps", "serve"),
+    "fastapi": ("serve",),
+    "uvicorn": ("serve",),
 }
 # A judge answers to an experiment's prompts and a data set must know whether the Hub is in reach: same level, one way.
-ALLOWED = {("datasets", "weights"), ("behaviour", "judges"), ("templates", "positions")}
+ALLOWED = {("datasets", "weights"), ("guards", "datasets"), ("guards", "detectors"), ("behaviour", "judges"), ("templates", "positions")}
 
 
 def modules():

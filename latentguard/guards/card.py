@@ -109,7 +109,8 @@ def _short(guard: "LatentGuard", about: About) -> str:
     rows = [["Ranking on the test split of its own sets (AUROC)", _interval(about.test.auroc if about.test else None)]]
     shown = [row for row in about.unseen if _own(row)]
     pooled = next((row for row in shown if row.name == "all families"), None)
-    rows.append(["Ranking on families of sets that were left out, pooled (AUROC)", _number(pooled) if pooled else _MISSING])
+    left_out = "families of sets" if _families(about) > 1 else "parts of its own sets"
+    rows.append([f"Ranking on {left_out} that were left out, pooled (AUROC)", _number(pooled) if pooled else _MISSING])
     if worst := _worst_first([row for row in shown if row is not pooled])[:1]:
         rows.append([f"The worst of those: {text(worst[0].name)} (AUROC)", _number(worst[0])])
     rows.append(["Calibration error on the test split (ECE)", "to be measured anew" if _moved(about) else _interval(about.test.ece if about.test else None)])
@@ -237,11 +238,18 @@ def _missed(about: About) -> list[str]:
     parts = ["## What it misses"]
     if about.warnings:
         parts.append("Warnings from fitting:\n\n" + "\n".join(f"- {_sentence(one)}" for one in about.warnings))
-    if about.unseen:
+    if about.unseen and _families(about) > 1:
         parts += [
             "### Families of sets that were left out, worst first",
             "What to expect of prompts from elsewhere. Each family was scored by probes of the same kind fitted without it; the guard in this folder was "
             "fitted on all of them.",
+            _rows(about.unseen),
+        ]
+    elif about.unseen:
+        parts += [
+            "### Parts of its own sets that were left out, worst first",
+            "All its data are of one family of sets, so that none could be left out. Each fifth was scored by probes fitted on the others: prompts from elsewhere "
+            "are **not** measured by this. Expect less.",
             _rows(about.unseen),
         ]
     else:
@@ -254,8 +262,11 @@ def _missed(about: About) -> list[str]:
 
 
 def _rows(rows: Sequence[Row]) -> str:
-    """The guard's rows, the lowest first, with n-grams beside where they were measured on the same."""
-    words = {(row.name, row.comparison): row for row in rows if row.detector in ("ngram", "tfidf") and row.what == "AUROC"}
+    """The guard's rows, the lowest first; beside them the better of the detectors that see words alone, on the same prompts."""
+    words: dict[tuple[str, str | None], float] = {}
+    for row in rows:
+        if row.detector in ("ngram", "tfidf") and row.what == "AUROC" and row.number is not None:
+            words[row.name, row.comparison] = max(row.number, words.get((row.name, row.comparison), 0.0))
     own = _worst_first([row for row in rows if _own(row)])
     shown = [
         [
@@ -263,11 +274,11 @@ def _rows(rows: Sequence[Row]) -> str:
             _number(row),
             "–" if row.n_harmful is None else f"{row.n_harmful} / {row.n_harmless}",
             *("–" if share is None else f"{share:.2f}" for share in (row.tpr_1, row.tpr_5)),
-            _number(words[row.name, row.comparison], short=True) if (row.name, row.comparison) in words else "–",
+            f"{words[row.name, row.comparison]:.3f}" if (row.name, row.comparison) in words else "–",
         ]
         for row in own
     ]
-    head = ["", "AUROC", "Harmful / harmless", "Recall at 1% FPR", "Recall at 5% FPR", "Word n-grams, AUROC"]
+    head = ["", "AUROC", "Harmful / harmless", "Recall at 1% FPR", "Recall at 5% FPR", "Words alone, AUROC"]
     others = [f"{text(row.name)}: {text(row.what)} {_number(row)}." for row in rows if row.detector == "guard" and row.what != "AUROC"]
     return "\n\n".join([table(head, shown) if shown else "No row of the guard itself is recorded.", *others])
 
@@ -319,6 +330,14 @@ def _made(guard: "LatentGuard", about: About, content: str) -> list[str]:
     return ["## How it was made", table(["", ""], rows), "What every field means: docs/guard-folder.md of latentguard."]
 
 
+def _families(about: About) -> int:
+    """How many families of sets the train split holds; sets that no family names stand for themselves."""
+    named = about.search.get("families")
+    lists = {name: members for name, members in named.items() if isinstance(members, list)} if isinstance(named, dict) else {}
+    home = {member: name for name, members in lists.items() for member in members if isinstance(member, str)}
+    return len({home.get(source, source) for source in (about.data.counts if about.data else ())})
+
+
 def _moved(about: About) -> bool:
     """Whether the numbers of the test split are of other probabilities than the guard now gives."""
     return about.recalibrated is not None
@@ -347,11 +366,11 @@ def _interval(found: Interval | None) -> str:
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}] (n = {found.n})"
 
 
-def _number(row: Row, *, short: bool = False) -> str:
+def _number(row: Row) -> str:
     if row.number is None:
         return _MISSING
     bounds = f" [{row.low:.3f}, {row.high:.3f}]" if row.low is not None and row.high is not None else ", no interval"
-    return f"{row.number:.3f}" if short else f"{row.number:.3f}{bounds}" + (f" (n = {row.n})" if row.n is not None else "")
+    return f"{row.number:.3f}{bounds}" + (f" (n = {row.n})" if row.n is not None else "")
 
 
 def _rate(found: Rate) -> str:
