@@ -76,9 +76,10 @@ class FitGuard:
         summary |= {"guard": _told(guard), "table": [*table, *unseen, *curve], "warnings": guard.about["warnings"]}
         summary |= {"effects": [], "figures": self._figures(backend.name, guard, states, unseen, curve, tracker)}
         pooled = _pooled(unseen) or next(row for row in table if row["set"] == "test" and row["detector"] == "guard")
-        where = "sets it has never seen, pooled" if unseen else "the test split"
+        alone = unseen and len({self.search.family(p) for p in states.prompts["train"]}) == 1  # then its own groups were dealt into parts
+        where = "parts of its own sets that were left out, pooled" if alone else "sets it has never seen, pooled" if unseen else "the test split"
         summary["headline"] = headline(f"AUROC of Latent Guard on {where}", _value(pooled), "higher")
-        summary["claim"] = self._claim(backend.name, guard, table, unseen)
+        summary["claim"] = self._claim(backend.name, guard, table, unseen, "parts of these that were left out" if alone else "families of sets it never saw")
         return summary
 
     def _within(self, guard: LatentGuard, states: States, tracker: Tracker) -> list[Row]:
@@ -130,14 +131,14 @@ class FitGuard:
             made.append("learning")
         return made
 
-    def _claim(self, name: str, guard: LatentGuard, table: list[Row], unseen: list[Row]) -> str:
+    def _claim(self, name: str, guard: LatentGuard, table: list[Row], unseen: list[Row], left_out: str) -> str:
         test = {row["detector"]: row for row in table if row["set"] == "test" and row["is"] == "AUROC"}
         told = [f"{name}: Latent Guard ({guard.method}, layers {', '.join(map(str, guard.layers))}, {', '.join(guard.positions)}, marks: {guard.terminal})"]
         told += [f"reaches AUROC {as_text(test['guard'], 3)} on the test split of its own sets"]
         if pooled := _pooled(unseen):
             words = [row for row in unseen if row["set"] == "all families" and row["detector"] in WORDS and row["is"] == "AUROC"]
             best = max(words, key=lambda row: row["value"])
-            told += [f"and {as_text(pooled, 3)} on families of sets it never saw, where word n-grams reach {as_text(best, 3)}"]
+            told += [f"and {as_text(pooled, 3)} on {left_out}, where word n-grams reach {as_text(best, 3)}"]
         ece = guard.about["test"]["ece"]
         told += [f"expected calibration error {as_text(ece, 3)}"]
         caution = f" Careful: {'; '.join(guard.about['warnings'])}." if guard.about["warnings"] else ""
