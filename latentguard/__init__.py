@@ -13,7 +13,7 @@ _HOME = {
     "Ablate": "interventions", "Activations": "directions", "Add": "interventions", "Cell": "interventions", "Dataset": "datasets",
     "Direction": "directions", "Grid": "interventions", "InputError": "errors", "Patch": "interventions", "Prompt": "prompts", "Scale": "interventions",
     "Stored": "store", "cosine": "directions", "load_dataset": "datasets", "mean_difference": "directions", "random_like": "directions",
-    "LatentGuard": "guards", "export_gguf": "exchange", "from_steering_vector": "exchange", "import_direction": "exchange",
+    "Flag": "controllers", "LatentGuard": "guards", "Refuse": "controllers", "Steer": "controllers", "export_gguf": "exchange", "from_steering_vector": "exchange", "import_direction": "exchange",
     "load_tensors": "tensorfiles", "steering_grid": "interventions", "to_steering_vector": "exchange",
 }  # fmt: skip
 __all__ = [*_HOME, "load", "load_remote"]

@@ -1,8 +1,8 @@
 """Backend: a model as the rest of the package sees it. Imports no model library; the real ones live beside it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,11 @@ from latentguard.errors import InputError
 from latentguard.interventions import Cell, Grid, Intervention
 from latentguard.layers import Layers
 from latentguard.prompts import Prompt, as_prompts, digest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from latentguard.backends.guarding import Guarding
 
 Acting = Sequence[Intervention] | Grid
 
@@ -39,12 +44,64 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said: `finish` is 'eos', 'length', or 'decided' where a judge had seen enough."""
+    """What the model said: `finish` is 'eos', 'length', 'decided' where a judge had seen enough, or 'refused' where a guard's controller
+    answered in its place. `probability` and `flagged` are what the guard says of the prompt; without one, None and False.
+    """
 
     prompt: Prompt
     text: str
     tokens: tuple[int, ...]
     finish: str
+    probability: float | None = None
+    flagged: bool = False
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """What `generate` needs of a guard (`LatentGuard` is one). Where it has `check(backend)`, that may refuse a model first."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose states it takes, ascending."""
+        ...
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Where it takes them."""
+        ...
+
+    @property
+    def terminal(self) -> str:
+        """How the text that it was fitted on ends; only 'mixed' is taken."""
+        ...
+
+    @property
+    def thresholds(self) -> Mapping[str, Any]:
+        """By name; the `value` of each is a probability, at and above which a prompt is flagged."""
+        ...
+
+    def probabilities(self, states: Tensor) -> "np.ndarray":
+        """Of float32 [prompt, layer, position, d_model] the probability of harm, [prompt]."""
+        ...
+
+
+@runtime_checkable
+class Controller(Protocol):
+    """What is done about a flagged prompt before its first token is chosen (controllers.py)."""
+
+    @property
+    def at(self) -> str:
+        """The name of the guard's threshold."""
+        ...
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The interventions that it may answer under."""
+        ...
+
+    def choose(self, probability: float, threshold: float) -> "str | int | None":
+        """For a flagged prompt: a reply in the model's place, the index of one of `cells`, or None for nothing."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -108,19 +165,36 @@ class Backend(Protocol):
         """Replies as they come: (cell index, prompt index, reply), in no promised order."""
         ...
 
+    def guarded(self, decoding: Decoding, decided: Callable[[str], bool] | None, guarding: "Guarding") -> Iterator[tuple[int, int, Reply]]:
+        """As `stream`, under a guard. Here, for every backend that has no better way: read first, by a pass that ends at the guard's
+        deepest layer, and then stream.
+        """
+        yield from guarding.read_first(self, decoding, decided)
+
     @overload
     def generate(self, prompts: object, interventions: Sequence[Intervention] = (), **settings: object) -> list[Reply]: ...
     @overload
     def generate(self, prompts: object, interventions: Grid, **settings: object) -> list[list[Reply]]: ...
-    def generate(self, prompts, interventions=(), *, max_new_tokens=24, temperature=0.0, seed=0, decided=None):  # pyright: ignore[reportInconsistentOverload]
+    def generate(self, prompts, interventions=(), *, guard=None, controller=None, max_new_tokens=24, temperature=0.0, seed=0, decided=None):  # pyright: ignore[reportInconsistentOverload]
         """Replies in the order of `prompts`: a list acts together; a `Grid` gives one list of replies a cell.
 
-        `decided(text_so_far)` may end a reply early, once a judge needs no more of it.
+        Args:
+            guard: a `Watch`, which judges every prompt as it stands, without the interventions (docs/guarding.md).
+            controller: what is done about prompts that it flags, before a token is chosen; None only marks their replies.
+            decided: decided(text_so_far) may end a reply early, once a judge needs no more of it.
         """
+        from latentguard.backends.guarding import Guarding
+
         listed = as_prompts(prompts)
-        grid = as_grid(interventions)
+        grid, decoding = as_grid(interventions), Decoding(max_new_tokens, temperature, seed)
+        if guard is not None:
+            said = self.guarded(decoding, decided, Guarding(guard, controller, listed, grid, self))
+        elif controller is None:
+            said = self.stream(listed, grid, decoding, decided)
+        else:
+            raise InputError(f"controller={controller!r} without a guard: give the guard whose probabilities it decides by")
         replies: list[list[Reply | None]] = [[None] * len(listed) for _ in grid]
-        for cell, row, reply in self.stream(listed, grid, Decoding(max_new_tokens, temperature, seed), decided):
+        for cell, row, reply in said:
             replies[cell][row] = reply
         return replies if isinstance(interventions, Grid) else replies[0]
 

@@ -19,9 +19,10 @@ from latentguard import families
 from latentguard.backends import Acting, Backend, Decoding, Reply, as_grid
 from latentguard.backends.batches import lengthwise, make_batch, shared_prefix, spots
 from latentguard.backends.decoding import Decoder
+from latentguard.backends.guarding import Guarding
 from latentguard.backends.memory import Budget, blank_states, release, shortage
 from latentguard.backends.passes import Passes
-from latentguard.backends.prefill import Prefill
+from latentguard.backends.prefill import Pair, Prefill, Unit
 from latentguard.backends.served import averaged
 from latentguard.backends.texts import Texts, ends, places
 from latentguard.backends.tracing import nnsight
@@ -245,17 +246,33 @@ class Local(Texts, Backend):
                 yield reply
                 self.team.resume(question)
 
+    def guarded(self, decoding: Decoding, decided: Callable[[str], bool] | None, guarding: Guarding) -> Iterator[tuple[int, int, Reply]]:
+        """Replies under a guard, which reads the states that the prefill makes anyway; flagged prompts that are steered are prefilled
+        once more, and those that are refused come last. Read first where the prefill has no untouched states, where ranks share the
+        model, and where a subclass answers in a way of its own.
+        """
+        if guarding.touched or self.team.size > 1 or type(self).stream is not Local.stream:
+            yield from super().guarded(decoding, decided, guarding)
+            return
+        for cell, row, reply in self._replies(guarding.prompts, guarding.grid, decoding, decided, guarding):
+            yield cell % len(guarding.grid), row, guarding.marked(row, reply)
+        for cell, row in ((cell, row) for cell in range(len(guarding.grid)) for row in range(len(guarding.prompts))):
+            if isinstance(refusal := guarding.then(cell, row), Reply):
+                yield cell, row, refusal
+
     def _replies(
-        self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None
+        self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None, guarding: Guarding | None = None
     ) -> Iterator[tuple[int, int, Reply]]:  # fmt: skip
-        rendered = self.render(prompts)
+        rendered, cells = self.render(prompts), Grid(guarding.cells) if guarding else grid
         self._room(rendered, decoding)
+        if guarding:
+            guarding.fits(rendered)
         todo = {(c, i) for c in range(len(grid)) for i in range(len(prompts))}
         bar = self._bar("generate", len(todo))
         while todo:
             with shortage(self.team) as short:
-                units = self._prefill(prompts, rendered, grid, [len(item) - 1 for item in rendered], decoding.max_new_tokens).units(set(todo))
-                decoder = Decoder(self.passes, self.budget, grid, prompts, decoding, self._text, self.eos, decided)
+                units = self._sifted(rendered, decoding, guarding, todo) if guarding else self._begun(prompts, rendered, grid, decoding).units(set(todo))
+                decoder = Decoder(self.passes, self.budget, cells, prompts, decoding, self._text, self.eos, decided)
                 for c, i, reply in decoder.replies(units):
                     todo.discard((c, i))
                     bar.update()
@@ -265,9 +282,44 @@ class Local(Texts, Backend):
                 todo = self._halved(todo, short[0])
         bar.close()
 
-    def _prefill(self, prompts: list[Prompt], rendered: list[Rendered], grid: Grid, first: list[int], ahead: int = 0) -> Prefill:
+    def _sifted(self, rendered: list[Rendered], decoding: Decoding, guarding: Guarding, todo: set[Pair]) -> Iterator[Unit]:
+        """Prefilled rows of the grid but for flagged prompts that are refused or steered, which leave `todo`; then the steered ones, which
+        enter it as rows of their own cells.
+        """
+        size = len(guarding.grid)
+        for unit in self._begun(guarding.prompts, rendered, guarding.grid, decoding, guarding).units({pair for pair in todo if pair[0] < size}):
+            assert unit.states is not None
+            guarding.judge(list(dict.fromkeys(i for _, i in unit.pairs)), unit.states)
+            after = [guarding.then(*pair) for pair in unit.pairs]
+            stay = [k for k, (c, _) in enumerate(unit.pairs) if after[k] == c]
+            for (c, i), then in zip(unit.pairs, after, strict=True):
+                if then != c:
+                    todo.discard((c, i))
+                    todo.update([] if isinstance(then, Reply) else [(then, i)])
+            if stay:
+                unit.keep(stay)
+                yield unit
+            del unit
+        steered = {pair for pair in todo if pair[0] >= size}
+        if used := sorted({c for c, _ in steered}):
+            again = self._begun(guarding.prompts, rendered, Grid(tuple(guarding.cells[c] for c in used)), decoding)
+            for unit in again.units({(used.index(c), i) for c, i in steered}):
+                unit.pairs = [(used[c], i) for c, i in unit.pairs]
+                yield unit
+                del unit
+
+    def _begun(self, prompts: list[Prompt], rendered: list[Rendered], grid: Grid, decoding: Decoding, guarding: Guarding | None = None) -> Prefill:
+        """The prefill of replies, read on its way by a guard."""
+        last = [len(item) - 1 for item in rendered]
+        if guarding is None:
+            return self._prefill(prompts, rendered, grid, last, decoding.max_new_tokens)
+        read = [[place.tokens(item) for place in guarding.positions] for item in rendered]
+        return self._prefill(prompts, rendered, grid, last, decoding.max_new_tokens, layers=guarding.layers, read=read)
+
+    def _prefill(self, prompts: list[Prompt], rendered: list[Rendered], grid: Grid, first: list[int], ahead: int = 0, **reading: Any) -> Prefill:
         self._fits(rendered, grid)
-        return Prefill(self.passes, self.budget, prompts, rendered, grid, first, lambda chunk: self._within(chunk, ahead), self.pad, self.device)
+        within = lambda chunk: self._within(chunk, ahead)  # noqa: E731
+        return Prefill(self.passes, self.budget, prompts, rendered, grid, first, within, self.pad, self.device, **reading)
 
     def _bar(self, what: str, total: int | None) -> tqdm:
         return tqdm(total=total, desc=f"{what} · {self.name}", unit="prompt", disable=self.team.follows or None, leave=False, delay=2)

@@ -13,18 +13,41 @@ from latentguard import families
 from latentguard.backends.attention import grouped
 from latentguard.backends.batches import Batch, Plan
 from latentguard.backends.memory import device_of
-from latentguard.backends.served import state_of
+from latentguard.backends.served import averaged, state_of
 from latentguard.backends.tracing import nnsight
 from latentguard.ranks import ALONE, Alone
 
 
+@dataclass(frozen=True)
+class Spots:
+    """Where a pass is read: at `layers`, in rows [spot] and columns [spot], of which `target` [spot] says to which place each belongs;
+    places come prompt by prompt, `count` in all.
+    """
+
+    layers: tuple[int, ...]
+    row: Tensor
+    column: Tensor
+    target: Tensor
+    count: int
+
+    def of(self, state: Tensor) -> Tensor:
+        """Out of a pass's states [row, column, d_model]: float32 [spot, d_model]."""
+        return state[self.row.to(state.device), self.column.to(state.device)].float()
+
+    def places(self, picked: list[Tensor], prompts: int) -> Tensor:
+        """Of each layer's spots, float32 [prompt, layer, place, d_model] on the CPU: the mean over the tokens of a place."""
+        found = averaged(torch.stack([state.to(picked[0].device) for state in picked]).cpu(), self.target, self.count)
+        return found.reshape(len(self.layers), prompts, -1, found.shape[-1]).transpose(0, 1)
+
+
 @dataclass
 class Outcome:
-    """A forward pass over rows: logits of the last tokens, the cache, and the states entering the layers asked for."""
+    """A forward pass over rows: logits of the last tokens, the cache, the states entering the layers asked for, and those at the spots."""
 
     logits: Tensor | None
     cache: DynamicCache
     states: dict[int, Tensor] = field(default_factory=dict)
+    picked: list[Tensor] = field(default_factory=list)
 
 
 class Passes:
@@ -52,7 +75,7 @@ class Passes:
 
     def forward(
         self, ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache, plan: Plan, *, start: int = 0, entering: Tensor | None = None,
-        keep: int = 1, collect: tuple[int, ...] = (), end: int | None = None,
+        keep: int = 1, collect: tuple[int, ...] = (), end: int | None = None, spots: Spots | None = None,
     ) -> Outcome:  # fmt: skip
         """Rows through the layers from `start` (with the states `entering` it) upwards.
 
@@ -61,8 +84,10 @@ class Passes:
             keep: how many last tokens get logits.
             collect: layers whose (changed) states are kept: [row, column, d_model] each.
             end: stop after these many blocks; no logits then.
+            spots: places whose (changed) states are kept, at layers from `start` up.
         """
-        blocks, depth, states, logits = self.blocks, self.n_layers, {}, None
+        blocks, depth, states, picked, logits = self.blocks, self.n_layers, {}, [], None
+        read = spots.layers if spots else ()
         stop = depth if end is None else end
         self.team.turn()
         with torch.inference_mode():
@@ -80,10 +105,12 @@ class Passes:
                         blocks[layer].input = state
                     if layer in collect:
                         states[layer] = nnsight.save(blocks[layer].input)
+                    if layer in read:
+                        picked.append(nnsight.save(spots.of(blocks[layer].input)))  # type: ignore[union-attr]
                     if layer == stop:
                         _ = blocks[layer].input  # the pass must have come so far
                         tracer.stop()
-                if depth in plan or depth in collect:
+                if depth in plan or depth in collect or depth in read:
                     output = blocks[depth - 1].output
                     state = state_of(output)
                     for slot in plan.get(depth, []):
@@ -91,11 +118,13 @@ class Passes:
                     blocks[depth - 1].output = (state, *output[1:]) if isinstance(output, tuple) else state
                     if depth in collect:
                         states[depth] = nnsight.save(state)
+                    if depth in read:
+                        picked.append(nnsight.save(spots.of(state)))  # type: ignore[union-attr]
                 if end is not None:
                     _ = blocks[depth - 1].output
                     tracer.stop()
                 logits = nnsight.save(self.tree.output.logits)
-        return Outcome(logits, cache, states)
+        return Outcome(logits, cache, states, picked)
 
     def step(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache, plan: Plan) -> Tensor:
         """Logits [row, vocab] after one more token a row."""

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from latentguard.backends.batches import Batch, first_layer, lengthwise, make_batch, make_plan, shared_prefix, take_plan
 from latentguard.backends.memory import Budget
-from latentguard.backends.passes import Outcome, Passes, changed, rows_of, taken
+from latentguard.backends.passes import Outcome, Passes, Spots, changed, rows_of, taken
 from latentguard.interventions import Grid
 from latentguard.positions import Rendered
 from latentguard.prompts import Prompt
@@ -26,7 +26,9 @@ _KEPT = 2**30  # bytes of steered prefixes that are kept for the next batch of p
 
 @dataclass
 class Unit:
-    """Prefilled rows: what each is, and how the pass left them. `logits` are those of the last columns."""
+    """Prefilled rows: what each is, and how the pass left them. `logits` are those of the last columns, `states` those of the batch's
+    untouched prompts, [prompt, layer, place, d_model], where the prefill reads any.
+    """
 
     pairs: list[Pair]  # cell by cell, prompt by prompt
     at: list[int]  # each row's prompt in the batch
@@ -34,6 +36,14 @@ class Unit:
     mask: Tensor
     logits: Tensor
     cache: DynamicCache
+    states: Tensor | None = None
+
+    def keep(self, rows: list[int]) -> None:
+        """Let the other rows go."""
+        if len(rows) < len(self.pairs):
+            chosen = torch.tensor(rows, device=self.mask.device)
+            self.pairs, self.at = [self.pairs[k] for k in rows], [self.at[k] for k in rows]
+            self.mask, self.logits, self.cache = self.mask[chosen], rows_of(self.logits, chosen), taken(self.cache, chosen)
 
 
 @dataclass
@@ -43,6 +53,8 @@ class Prefill:
     Args:
         first: each prompt's first token whose logits are wanted.
         within: whether a batch of these prompts lies within the model's attention windows, so that parts of it may be run apart.
+        layers: where untouched prompts are read on the way; every cell acts above them.
+        read: each prompt's places that are read, as lists of tokens.
     """
 
     passes: Passes
@@ -54,13 +66,15 @@ class Prefill:
     within: Callable[[Sequence[Rendered]], bool]
     pad: int
     device: torch.device
+    layers: tuple[int, ...] = ()
+    read: Sequence[list[list[int]]] = ()
 
     def __post_init__(self) -> None:
         depth = self.passes.n_layers
         self.starts = [first_layer(cell, depth) for cell in self.grid]
         apart = any(act.per_prompt for cell in self.grid for act in cell.interventions)
         whole = apart or not self.prompts or not self.passes.bears_holes()
-        self.cut = 0 if whole else min(shared_prefix(self.rendered), *self.first)
+        self.cut = 0 if whole else min(shared_prefix(self.rendered), *self.first, *(t for places in self.read for at in places for t in at))
         self._groups: list[tuple[int, ...]] = []  # cells of one start whose prefixes are run together
         for _, same in groupby(sorted(range(len(self.grid)), key=lambda c: self.starts[c]), key=lambda c: self.starts[c]):
             cells = list(same)
@@ -88,14 +102,24 @@ class Prefill:
         within = self.within(chunk)
         batch = make_batch([self.prompts[i] for i in rows], chunk, self.pad, self.device, self.cut if within else 0)
         keep = max(batch.width - batch.column(r, self.first[i]) for r, i in enumerate(rows))
-        clean = self._clean(batch, {self.starts[c] for c in cells} - {0}) if within and len(cells) > 1 else None
+        read = self._read(batch, rows)
+        clean = self._clean(batch, {self.starts[c] for c in cells} - {0}, read) if within and len(cells) > 1 else None
         size = max(1, self.budget.most(batch.width - batch.prefix, keep) // len(rows))
         for group in self._groups:
             asked = [c for c in group if c in cells]
             for at in range(0, len(asked), size):
-                yield self._unit(batch, rows, group, asked[at : at + size], clean, keep)
+                yield self._unit(batch, rows, group, asked[at : at + size], clean, keep, read)
 
-    def _clean(self, batch: Batch, layers: set[int]) -> Outcome | None:
+    def _read(self, batch: Batch, rows: list[int]) -> Spots | None:
+        if not self.layers:
+            return None
+        places = [at for i in rows for at in self.read[i]]
+        target = torch.arange(len(places)).repeat_interleave(torch.tensor([len(at) for at in places]))
+        row = target // len(self.read[rows[0]])
+        begins = torch.tensor([batch.width - batch.prefix - len(item) for item in batch.rendered])  # no token that is read lies in the prefix
+        return Spots(self.layers, row, begins[row] + torch.tensor([token for at in places for token in at]), target, len(places))
+
+    def _clean(self, batch: Batch, layers: set[int], read: Spots | None) -> Outcome | None:
         """The untouched run of a batch: states entering the layers that cells start from, keys and values below the highest."""
         if not layers or not self.passes.skippable():
             return None
@@ -107,9 +131,11 @@ class Prefill:
                 self._head = self.passes.forward(*self._prefix(batch, 1), self.passes.cache(), {}, collect=tuple(sorted(every)), end=max(every))
             cache = taken(self._head.cache, torch.zeros(len(batch.prompts), dtype=torch.long, device=self.device))
         self.budget.tried = len(batch.prompts)
-        return self.passes.forward(batch.ids[:, cut:], batch.mask, batch.position_ids[:, cut:], cache, {}, collect=collect, end=end)
+        return self.passes.forward(batch.ids[:, cut:], batch.mask, batch.position_ids[:, cut:], cache, {}, collect=collect, end=end, spots=read)
 
-    def _unit(self, batch: Batch, prompts: list[int], group: tuple[int, ...], cells: list[int], clean: Outcome | None, keep: int) -> Unit:
+    def _unit(
+        self, batch: Batch, prompts: list[int], group: tuple[int, ...], cells: list[int], clean: Outcome | None, keep: int, read: Spots | None
+    ) -> Unit:  # fmt: skip
         pairs = [(c, i) for c in cells for i in prompts]
         n, cut, start = len(prompts), batch.prefix, self.starts[cells[0]] if clean else 0
         clean = clean if start else None
@@ -121,11 +147,12 @@ class Prefill:
         self.budget.tried = len(pairs)
         out = self.passes.forward(
             batch.ids[at, cut:], batch.mask[at], batch.position_ids[at, cut:], cache, take_plan(plan, every, slice(cut, None)),
-            start=start, entering=rows_of(clean.states[start], at) if clean else None, keep=keep,
+            start=start, entering=rows_of(clean.states[start], at) if clean else None, keep=keep, spots=None if clean else read,
         )  # fmt: skip
         for i in range(start):
             cache.layers[i] = changed(clean.cache.layers[i], lambda t: rows_of(t, at))  # type: ignore[union-attr]
-        return Unit(pairs, at.tolist(), batch, batch.mask[at], out.logits, cache)  # type: ignore[arg-type]
+        states = read.places((clean or out).picked, n) if read else None
+        return Unit(pairs, at.tolist(), batch, batch.mask[at], out.logits, cache, states)  # type: ignore[arg-type]
 
     def _prefixes(self, batch: Batch, group: tuple[int, ...], clean: Outcome | None, start: int) -> DynamicCache:
         """Keys and values of the shared prefix as each cell of a group makes it, one row a cell."""
