@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentguard.detectors import Counted, Centroids, Projection, best_layer, ngrams
+from latentguard.detectors import Centroids, Counted, Projection, best_layer, ngrams
 from latentguard.directions import Activations
 from latentguard.errors import InputError
 from latentguard.metrics import auroc

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
-from latentguard.detectors import Counted, Centroids, Projection, best_layer, last_tokens, ngrams
+from latentguard.detectors import Centroids, Counted, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
 from latentguard.experiments import Row, effect, headline, opening
 from latentguard.judges import Judge

@@ -16,7 +16,7 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.controls import mixed_sides
 from latentguard.datasets import Dataset, load_dataset
-from latentguard.detectors import Counted, Centroids, Projection, best_layer, last_tokens, ngrams
+from latentguard.detectors import Centroids, Counted, Projection, best_layer, last_tokens, ngrams
 from latentguard.directions import Activations
 from latentguard.errors import InputError
 from latentguard.experiments import Row, headline, opening

@@ -45,7 +45,7 @@ class Baselines:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
-        words = TfidfVectorizer(analyzer=_items, sublinear_tf=True)
+        words = TfidfVectorizer(analyzer=_items, sublinear_tf=True)  # pyright: ignore[reportArgumentType]
         x = words.fit_transform(self.texts[fitted])
         model = LogisticRegression(C=10.0, max_iter=300, class_weight="balanced").fit(x, self.harmful[fitted])
         return np.asarray(model.decision_function(words.transform(self.texts)))

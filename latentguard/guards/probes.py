@@ -159,7 +159,7 @@ def _logistic(states: Tensor, harmful: Tensor, counts: Tensor, strength: float, 
     model = LogisticRegression(C=10 / strength / x.shape[1] * 4000 / len(x), max_iter=500, tol=1e-4)
     model.fit(x.float().numpy(), harmful.numpy(), sample_weight=counts.numpy())
     weight = torch.from_numpy(model.coef_[0]).double().reshape(middle.shape) / spread
-    return Linear(weight.float(), (float(model.intercept_[0]) - (weight * middle).sum()).float())
+    return Linear(weight.float(), (float(model.intercept_[0]) - (weight * middle).sum()).float())  # pyright: ignore[reportIndexIssue]
 
 
 def _lda(states: Tensor, harmful: Tensor, counts: Tensor, strength: float, seed: int) -> Probe:
