@@ -178,10 +178,9 @@ class Backend(Protocol):
     def generate(self, prompts, interventions=(), *, guard=None, controller=None, max_new_tokens=24, temperature=0.0, seed=0, decided=None):  # pyright: ignore[reportInconsistentOverload]
         """Replies in the order of `prompts`: a list acts together; a `Grid` gives one list of replies a cell.
 
-        Args:
-            guard: a `Watch`, which judges every prompt as it stands, without the interventions (docs/guarding.md).
-            controller: what is done about prompts that it flags, before a token is chosen; None only marks their replies.
-            decided: decided(text_so_far) may end a reply early, once a judge needs no more of it.
+        A `guard` (a `Watch`) judges every prompt as it stands, without the interventions (docs/guarding.md); a `controller` says what is
+        done about prompts that it flags, before a token is chosen; None only marks their replies. `decided(text_so_far)` may end a reply
+        early, once a judge needs no more of it.
         """
         from latentguard.backends.guarding import Guarding
 
