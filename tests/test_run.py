@@ -230,9 +230,9 @@ FEW = {
     "categories": ["exp.n_category=6", "exp.least=2", "exp.invert_layers=[0.5]"],
     "final_token": ["exp.terminals=[period]", "exp.shuffles=1"],
     "ablate_refusal": [f"exp.{word}" for word in ("layers=[2]", "n_harmful=2", "n_harmless=2", "n_test=4", "n_beside=2", "n_control=2", "n_damage=2", "draws=1", "shuffles=1", "max_new_tokens=2")],
-    "fit_guard": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[mean(user)]]", "curve=[]")],
-    "guard_compare": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[mean(user)]]", "n_timed=0")],
-    "guard_robustness": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[mean(user)]]", "contexts=[50]", "n_test=8")],
+    "fit_guard": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "curve=[]")],
+    "guard_compare": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "n_timed=0")],
+    "guard_robustness": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "contexts=[50]", "n_test=8")],
     "finetune_attack": [f"exp.{word}" for word in ("sizes=[4]", "lora.epochs=1", "steer_layers=[]", "casting.n_poles=8", "casting.n_test=8", "casting.n_validation=2", "casting.max_new_tokens=2")],
 }  # fmt: skip
 

@@ -128,6 +128,18 @@ def test_a_hundred_requests_at_once_are_batched_and_each_gets_its_own():
     run(test)
 
 
+def test_texts_of_one_request_that_go_in_another_order_come_back_in_their_own():
+    texts = ["word " * n + "end" for n in (30, 1, 29, 2, 28, 3, 27, 4)]
+
+    async def test():
+        guard = FakeGuard()
+        async with serving({"harmful": guard}, batch_prompts=3) as (client, _):
+            assert scores(await post(client, {"input": texts})) == pytest.approx([probability(text) for text in texts])
+        assert guard.seen != texts
+
+    run(test)
+
+
 def job(*sizes):
     async def made():
         return Job([f"p{i}" for i in range(len(sizes))], sizes)

@@ -7,7 +7,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from latentguard import run as door
-from latentguard.configs import options
+from latentguard.configs import option, options
 from latentguard.trackers import COLUMNS
 from tests.planted import everything, rows_of, write
 from tests.recording import Record, holding, records
@@ -51,7 +51,7 @@ def few(exp):
     if exp != "paper":
         return FEW.get(exp, [])
     own = [word.replace("exp.", f"exp.studies.{part}.") for part in PARTS for word in FEW.get(part, [])]
-    return [f"exp.skip=[{','.join(name for name in options('exp') if name not in (*PARTS, 'paper'))}]", *own]
+    return [f"exp.skip=[{','.join(name for name in option('exp', 'paper')['studies'] if name not in PARTS)}]", *own]
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def make_app(service: Service) -> FastAPI:
     async def models() -> Response:
         return reply({"object": "list", "data": [_model(service)]})
 
-    @app.get("/v1/models/{name:path}", summary="The same, alone")
+    @app.get("/v1/models/{name:path}", summary="The same, alone", responses={404: {"model": wire.Error}, 422: {"model": wire.Error}})
     async def model(name: str) -> Response:
         if name != (found := _model(service))["id"]:
             raise RefusedError(404, f"there is no model of that name here; /v1/models names it: {found['id']}", "model_not_found", param="model")

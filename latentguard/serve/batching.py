@@ -119,7 +119,7 @@ class Batcher:
     def submit(self, job: Job) -> bool:
         """Queue a request's texts, all or none; False where there is no room."""
         with self._ready:
-            if self._closed or len(self._waiting) > self.room:
+            if self._closed or len(self._waiting) + len(job.prompts) > self.room:
                 return False
             stamp = self._clock
             for index, size in enumerate(job.sizes):

@@ -19,6 +19,7 @@ from latentguard.serve.service import SPARE, Service
 from latentguard.serve.settings import TOKEN, Settings
 
 log = logging.getLogger("latentguard.serve")
+SWITCH = 0.0005  # seconds until the model's thread gives way: at Python's 0.005 every step of a request waits so long for it
 
 
 class Server(uvicorn.Server):
@@ -64,6 +65,7 @@ def serve(settings: Settings, token: str | None) -> int:
     )  # fmt: skip
     server = Server(config, service)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # before uvicorn takes both: as an interruption
+    sys.setswitchinterval(SWITCH)
     server.run(sockets=[listening])
     failure = service.failure()
     if isinstance(failure, InputError):
