@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import latentguard as lg
+from latentguard.configs import option
 from latentguard.errors import InputError
 from latentguard.experiments.fit_guard import FitGuard
 from latentguard.guards.fitting import Search
@@ -76,6 +77,10 @@ def test_more_data_and_every_promise_stand_in_the_table(run):
 def test_wrong_settings_are_refused_when_built(wrong, says):
     with pytest.raises(ValueError, match=says):
         FitGuard(**wrong)
+
+
+def test_all_studies_fit_a_guard_in_the_same_way():
+    assert option("exp", "fit_guard")["search"] == option("exp", "guard_compare")["search"] == option("exp", "guard_robustness")["search"]
 
 
 def test_data_without_a_side_are_refused_before_a_model_is_there():
