@@ -48,10 +48,9 @@ ONLY_IN = {
     "transformers": ("backends", "weights", "tuning", "bench"),  # bench: the floors are plain transformers
     "wandb": ("trackers", "report"),
     "wandb_workspaces": ("report",),
-    "hydra": ("run", "sweeps", "serve"),
-    "omegaconf": ("run", "sweeps", "serve"),
-    "fastapi": ("serve",),
-    "uvicorn": ("serve",),
+    "hydra": ("run", "sweeps"),
+    "omegaconf": ("run", "sweeps"),
+    **{name: ("serve",) for name in ("fastapi", "uvicorn", "starlette", "h11", "prometheus_client")},
 }
 # A judge answers to an experiment's prompts and a data set must know whether the Hub is in reach: same level, one way.
 ALLOWED = {("datasets", "weights"), ("guards", "datasets"), ("guards", "detectors"), ("behaviour", "judges"), ("templates", "positions")}
@@ -107,10 +106,10 @@ def test_experiments_do_not_know_each_other():
         assert not [name for name in imports(path) if name.startswith("latentguard.experiments.")]
 
 
-@pytest.mark.parametrize("module", ["latentguard", "latentguard.run"])
+@pytest.mark.parametrize("module", ["latentguard", "latentguard.run", "latentguard.serve.__main__"])
 def test_the_door_is_light(module, python):
     executable, env = python
-    heavy = ("torch", "nnsight", "transformers", "wandb", "matplotlib", "pandas")
+    heavy = ("torch", "nnsight", "transformers", "wandb", "matplotlib", "pandas", "fastapi")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
