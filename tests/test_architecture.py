@@ -50,7 +50,7 @@ ONLY_IN = {
     "wandb_workspaces": ("report",),
     "hydra": ("run", "sweeps"),
     "omegaconf": ("run", "sweeps"),
-    **{name: ("serve",) for name in ("fastapi", "uvicorn", "starlette", "h11", "prometheus_client")},
+    **dict.fromkeys(("fastapi", "uvicorn", "starlette", "h11", "prometheus_client"), ("serve",)),
 }
 # A judge answers to an experiment's prompts and a data set must know whether the Hub is in reach: same level, one way.
 ALLOWED = {("datasets", "weights"), ("guards", "datasets"), ("guards", "detectors"), ("behaviour", "judges"), ("templates", "positions")}
