@@ -111,7 +111,7 @@ class Dataset:
             part = self if name in own else self._other(name)
             for split in SPLITS:
                 for prompt in getattr(part, split):
-                    if prompt.label in wanted and (part is not self or prompt.source == name) and (same := _same(prompt)) not in seen:
+                    if prompt.label in wanted and (part is not self or prompt.source == name) and (same := same_words(prompt)) not in seen:
                         seen.add(same)  # a group keeps to one split, whichever set it comes from
                         found[home.setdefault(prompt.group, split)].append(prompt)
         if not seen:
@@ -204,7 +204,7 @@ def load_dataset(name: str | DataSpec, **changed: Any) -> Dataset:
         made = [_prompt(part, row, where) for where, row in _chosen(part, rows)]
         for prompt, split in _limited(made, part.limit, spec.seed):
             done = set_terminal(prompt, spec.terminal)
-            first = prompts.setdefault(_same(done), (done, split))[0]
+            first = prompts.setdefault(same_words(done), (done, split))[0]
             if first.harmful != prompt.harmful:
                 raise InputError(f"data {spec.name}: prompts {first.id} and {prompt.id} are equal but labelled {first.label} and {prompt.label}: keep one")
             dropped += first is not done
@@ -340,7 +340,7 @@ def _stated_split(value: Any, where: str) -> str | None:
     return split
 
 
-def _same(prompt: Prompt) -> str:
+def same_words(prompt: Prompt) -> str:
     """What two prompts share that are one: every turn's words and marks, case, blanks and final marks aside."""
     return "\n".join(f"{m.role}:{' '.join(m.content.lower().rstrip('.?! ').split())}" for m in prompt.messages)
 

@@ -9,8 +9,8 @@ import latentguard as lg
 from latentguard.configs import option
 from latentguard.errors import InputError
 from latentguard.experiments.fit_guard import FitGuard
-from latentguard.guards.fitting import Search
 from latentguard.guards.guard import LatentGuard
+from latentguard.guards.search import Search
 from latentguard.judges import Phrases
 from latentguard.metrics import auroc
 from latentguard.trackers import Files

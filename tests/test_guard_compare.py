@@ -19,10 +19,10 @@ from latentguard.experiments.compare_guards import CompareGuards
 from latentguard.guard_models import NAMES
 from latentguard.guards import rivals, tallies
 from latentguard.guards.baselines import baseline_scores
-from latentguard.guards.fitting import Search
 from latentguard.guards.guard import LatentGuard
 from latentguard.guards.probes import fit_probe
 from latentguard.guards.rivals import RIVALS, Rivals, flops, inmost
+from latentguard.guards.search import Search
 from latentguard.judges import Phrases
 from latentguard.metrics import best_f1, wilson
 from latentguard.plots.guards import areas_by_set, low_false_alarms

@@ -10,10 +10,11 @@ import latentguard as lg
 from latentguard.errors import InputError
 from latentguard.guards.calibration import Calibration, calibration_error, isotonic, platt, promise, reliability, threshold
 from latentguard.guards.drift import Reference, drift
-from latentguard.guards.fitting import Search, States, balanced, candidates_of, unseen_scores
+from latentguard.guards.fitting import States, balanced, unseen_scores
 from latentguard.guards.guard import LatentGuard
 from latentguard.guards.marks import seen, training, turns
 from latentguard.guards.probes import METHODS, fit_probe, restore
+from latentguard.guards.search import Search, candidates_of
 from latentguard.metrics import auroc
 from latentguard.prompts import Prompt
 
@@ -286,14 +287,14 @@ def test_unseen_families_are_scored_without_their_own_prompts(tiny, data):
     """A family whose labels are turned about cannot teach its own probe."""
     search = Search(families={"low": ("a",), "high": ("b",)}, layers=((2,),), positions=(("t_post_inst",),))
     (candidate,) = candidates_of(search, tiny.n_layers)
-    states = States(tiny, data, candidate.layers, candidate.positions, "period")
+    states = States(tiny, data, [candidate], search)
     rng = np.random.default_rng(0)
     sources = rng.choice(["a", "b"], len(states.prompts["train"]))
     states.prompts["train"] = [replace(p, source=str(s)) for p, s in zip(states.prompts["train"], sources, strict=True)]
-    first = unseen_scores(candidate, states, search, "train")
+    first = unseen_scores(candidate, states, "train")
     turned = sources == "a"
     states.harmful["train"] = np.where(turned, ~states.harmful["train"], states.harmful["train"])
-    second = unseen_scores(candidate, states, search, "train")
+    second = unseen_scores(candidate, states, "train")
     assert np.allclose(first[turned], second[turned]) and not np.allclose(first[~turned], second[~turned])
 
 

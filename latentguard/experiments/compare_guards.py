@@ -17,15 +17,16 @@ from pydantic.dataclasses import dataclass
 
 from latentguard.backends import Backend
 from latentguard.backends.memory import release
-from latentguard.datasets import Dataset, load_dataset
+from latentguard.datasets import Dataset, load_dataset, same_words
 from latentguard.errors import InputError
 from latentguard.experiments import Row, headline, opening
 from latentguard.guard_models import NAMES
 from latentguard.guard_models.asked import WORDINGS
-from latentguard.guards.fitting import Search, candidates_of, check_sides, fit_guard
+from latentguard.guards.fitting import fit_guard
 from latentguard.guards.guard import LatentGuard
 from latentguard.guards.rivals import ASK, RIVALS, Rival, Rivals, inmost, of_guard, of_model, there
-from latentguard.guards.tallies import AHEAD, AWAY, BEST_F1, GUARD, HOME, KINDS, Held, Scored, costs, curve, lines, other_rules, words_of
+from latentguard.guards.search import Search, candidates_of
+from latentguard.guards.tallies import AHEAD, AWAY, BEST_F1, GUARD, HOME, KINDS, Held, Scored, costs, curve, lines, other_rules
 from latentguard.judges import Judge
 from latentguard.metrics import Value, as_text, at_fpr, base_rate_gate, best_f1, mean
 from latentguard.plots.guards import areas_by_set, low_false_alarms
@@ -78,7 +79,7 @@ class CompareGuards:
 
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse data that lack a side in a split, sets that are not there or stand in the data, and a guard of another depth."""
-        check_sides(data)
+        self.search.of(data)
         if self.poles == "behaviour" and set(ASK) & set(self.scorers):
             for role in POLES:
                 if not data.role(role, "train"):
@@ -116,13 +117,13 @@ class CompareGuards:
         Raises:
             InputError: for one that is not there, that the guard was fitted on, or of which nothing is left.
         """
-        spec, taken = data.spec, {p.group for p in data} | {words_of(p) for p in data}
+        spec, taken = data.spec, {p.group for p in data} | {same_words(p) for p in data}
         known = {"terminal": spec.terminal, "seed": spec.seed, **({"mirror": spec.mirror} if spec.mirror else {})} if spec else {}
         trained = (guard.about.get("data", {}).get("counts", {}) if guard else {}).keys()
         found = {}
         for name in self.elsewhere:
             other = load_dataset(name, **known)
-            prompts = [p for p in other if p.group not in taken and words_of(p) not in taken]
+            prompts = [p for p in other if p.group not in taken and same_words(p) not in taken]
             if seen := sorted({p.source for p in prompts} & set(trained)):
                 raise InputError(f"exp.elsewhere: the guard {guard.name if guard else ''} was fitted on {seen[0]}: name sets that it has never seen")
             if not prompts:

@@ -15,14 +15,15 @@ from latentguard import plots
 from latentguard.backends import Backend
 from latentguard.datasets import Dataset
 from latentguard.experiments import Row, headline, opening
-from latentguard.guards.baselines import Baselines, baseline_scores
 from latentguard.guards.calibration import reliability
-from latentguard.guards.fitting import SPLITS, Candidate, Search, States, candidates_of, check_sides, fitted, parts, unseen_scores
+from latentguard.guards.fitting import States, fit_on, fitted, parts, unseen_scores
 from latentguard.guards.guard import LatentGuard
+from latentguard.guards.search import SPLITS, Candidate, Search, candidates_of
+from latentguard.guards.tallies import flat, recalls
 from latentguard.judges import Judge
-from latentguard.metrics import Value, as_text, auroc, paired_auroc, tpr_at_fpr
-from latentguard.positions import parse_position
-from latentguard.prompts import Prompt
+from latentguard.metrics import as_text, auroc, paired_auroc
+from latentguard.prompts import Prompt, digest
+from latentguard.roles import without_text
 from latentguard.trackers import Tracker
 
 KINDS = {"harmless": "plain harmless requests", "lookalike": "look-alikes"}
@@ -48,25 +49,22 @@ class FitGuard:
     def check(self, n_layers: int, data: Dataset) -> None:
         """Refuse layers that the model does not have, and data that lack a side in a split."""
         candidates_of(self.search, n_layers)
-        check_sides(self.search.of(data))
+        self.search.of(data)
 
     def __call__(self, backend: Backend, data: Dataset, judge: Judge, tracker: Tracker) -> dict[str, Any]:
         """Fit, measure, save."""
         data = self.search.of(data)
         candidates = candidates_of(self.search, backend.n_layers)
-        layers = sorted({layer for one in candidates for layer in one.layers})
-        positions = list(dict.fromkeys(place for one in candidates for place in one.positions))
-        for position in positions:
-            parse_position(position, reading=True)
-        states = States(backend, data, layers, positions, self.search.terminal)
-        guard = fitted(backend, data, states, candidates, self.search, self.name or "")
+        states = States(backend, data, candidates, self.search)
+        guard = fitted(data, states, candidates, self.name or "")
         best = Candidate(guard.method, guard.layers, guard.positions, float(guard.about["strength"]))
-        table = [*self._within(guard, states, tracker), *self._promises(guard)]
-        found = _Unseen(backend, best, states, self.search) if self.leave_out else None
+        scores = guard.probabilities(states.of("test", best))
+        table = [*self._within(scores, states, tracker), *self._promises(guard)]
+        found = _Unseen(best, states) if self.leave_out else None
         unseen = found.rows() if found else []
         if found:
             found.log(tracker)
-        curve = self._curve(best, states)
+        curve = self._curve(guard, best, states)
         guard.about.update({"unseen": unseen, "curve": curve})
         folder = getattr(tracker, "folder", None)
         if folder is not None:
@@ -74,19 +72,18 @@ class FitGuard:
             tracker.artifact("guard", guard.name, path, {"model": guard.model, "weights": guard.weights, "method": guard.method, "data": data.hash})
         summary = opening("fit_guard", backend, data, judge)
         summary |= {"guard": _told(guard), "table": [*table, *unseen, *curve], "warnings": guard.about["warnings"]}
-        summary |= {"effects": [], "figures": self._figures(backend.name, guard, states, unseen, curve, tracker)}
+        summary |= {"effects": [], "figures": self._figures(backend.name, scores, states, unseen, curve, tracker)}
         pooled = _pooled(unseen) or next(row for row in table if row["set"] == "test" and row["detector"] == "guard")
         alone = unseen and len({self.search.family(p) for p in states.prompts["train"]}) == 1  # then its own groups were dealt into parts
         where = "parts of its own sets that were left out, pooled" if alone else "sets it has never seen, pooled" if unseen else "the test split"
-        summary["headline"] = headline(f"AUROC of Latent Guard on {where}", _value(pooled), "higher")
+        summary["headline"] = headline(f"AUROC of Latent Guard on {where}", pooled, "higher")
         summary["claim"] = self._claim(backend.name, guard, table, unseen, "parts of these that were left out" if alone else "families of sets it never saw")
         return summary
 
-    def _within(self, guard: LatentGuard, states: States, tracker: Tracker) -> list[Row]:
+    def _within(self, probabilities: np.ndarray, states: States, tracker: Tracker) -> list[Row]:
         """The guard and the baselines on the test split of its own sets."""
         y, prompts = states.harmful["test"], states.prompts["test"]
-        scores = {"guard": guard.probabilities(_own(guard, states, "test"))}
-        scores |= baseline_scores(guard.backend, states.shown["train"], states.shown["test"])  # type: ignore[arg-type]
+        scores = {"guard": probabilities, **states.alone}
         tracker.rows([_row("test", p, name, x) for name, xs in scores.items() for p, x in zip(prompts, xs, strict=True)])
         return [_line("test", name, xs[y], xs[~y]) for name, xs in scores.items()]
 
@@ -102,11 +99,8 @@ class FitGuard:
                 rows.append({"set": "test", "detector": "guard", "is": f"{what} at {name}", "threshold": one.value, **found, **promised})
         return rows
 
-    def _curve(self, best: Candidate, states: States) -> list[Row]:
+    def _curve(self, guard: LatentGuard, best: Candidate, states: States) -> list[Row]:
         """AUROC on the test split by how much of the train split is fitted on; groups stay whole."""
-        from latentguard.guards.fitting import fit_on
-        from latentguard.prompts import digest
-
         y, rows = states.harmful["test"], []
         draw = np.array([int(digest(["curve", p.group])[:8], 16) / 16**8 for p in states.prompts["train"]])
         for share in (*self.curve, 1.0) if self.curve else ():
@@ -114,14 +108,14 @@ class FitGuard:
             sides = states.harmful["train"][kept]
             if min(sides.sum(), (~sides).sum()) < _ENOUGH:
                 continue
-            raw = fit_on(best, states, self.search, kept).raw(states.of("test", best)).numpy()
+            probe = guard.probe if kept.all() else fit_on(best, states, kept)
+            raw = probe.raw(states.of("test", best)).numpy()
             rows.append({"set": "curve", "detector": "guard", "is": "AUROC", "share": share, "fitted_on": int(kept.sum()), **auroc(raw[y], raw[~y]).as_dict()})
         return rows
 
-    def _figures(self, name: str, guard: LatentGuard, states: States, unseen: list[Row], curve: list[Row], tracker: Tracker) -> list[str]:
-        scores, y = guard.probabilities(_own(guard, states, "test")), states.harmful["test"]
+    def _figures(self, name: str, scores: np.ndarray, states: States, unseen: list[Row], curve: list[Row], tracker: Tracker) -> list[str]:
         made = ["reliability"]
-        curved = reliability(scores, y)
+        curved = reliability(scores, states.harmful["test"])
         tracker.figure("reliability", plots.reliability_curve(curved, title=f"{name}: what the guard says, and what came"), curved)
         if shown := [row for row in unseen if row["is"] == "AUROC" and np.isfinite(row["value"])]:
             tracker.figure("unseen", plots.unseen_families(shown, title=f"{name}: each family of sets scored by probes that never saw it"), shown)
@@ -148,17 +142,16 @@ class FitGuard:
 class _Unseen:
     """Every prompt scored by a probe, and by baselines, that were fitted without its family."""
 
-    def __init__(self, backend: Backend, best: Candidate, states: States, search: Search) -> None:
+    def __init__(self, best: Candidate, states: States) -> None:
         self.prompts = [p for split in SPLITS for p in states.prompts[split]]
         self.harmful = np.concatenate([states.harmful[split] for split in SPLITS])
-        self.families = np.concatenate([parts(states, search, split) for split in SPLITS])
+        self.families = np.concatenate([parts(states, split) for split in SPLITS])
         self.labels = np.array([p.label for p in self.prompts])
-        self.scores = {"guard": np.concatenate([unseen_scores(best, states, search, split) for split in SPLITS])}
-        words = Baselines(backend, [p for split in SPLITS for p in states.shown[split]])
-        train = np.arange(len(self.prompts)) < len(states.prompts["train"])
+        self.scores = {"guard": unseen_scores(best, states, *SPLITS)}
+        train = states.mask("train")
         for family in dict.fromkeys(self.families):
             here = self.families == family
-            for name, found in words.scores(train & ~here, here).items():
+            for name, found in states.words.scores(train & ~here, here).items():
                 self.scores.setdefault(name, np.full(len(here), np.nan))[here] = found
 
     def rows(self) -> list[Row]:
@@ -179,7 +172,7 @@ class _Unseen:
                     rows.append(_line(f"harmless of {family}", name, scores[high & ~own], scores[own & low], "its harmless prompts, all others' harmful ones"))
         for words in WORDS:
             ahead = paired_auroc(self.scores["guard"], self.scores[words], self.harmful)
-            rows.append({"set": "all families", "detector": "guard", "is": f"AUROC above {words}", "comparison": "pooled", **_plain(ahead)})
+            rows.append({"set": "all families", "detector": "guard", "is": f"AUROC above {words}", "comparison": "pooled", **flat(ahead)})
         return [row for row in rows if row["n"]]
 
     def log(self, tracker: Tracker) -> None:
@@ -191,34 +184,15 @@ class _Unseen:
 def _line(of: str, detector: str, high: np.ndarray, low: np.ndarray, comparison: str = "test split") -> Row:
     """AUROC with interval, and the recall at two false-positive rates."""
     told = {"set": of, "detector": detector, "is": "AUROC", "comparison": comparison}
-    row: Row = {**told, **auroc(high, low).as_dict(), "n_harmful": len(high), "n_harmless": len(low)}
-    for level in (0.01, 0.05):
-        if len(low) >= 1 / level:
-            caught = tpr_at_fpr(high, low, level)
-            row |= {f"tpr_at_{level:.0%}": caught.value, f"tpr_at_{level:.0%}_low": caught.low, f"tpr_at_{level:.0%}_high": caught.high}
-    return row
+    return {**told, **auroc(high, low).as_dict(), "n_harmful": len(high), "n_harmless": len(low), **recalls(high, low)}
 
 
 def _row(stage: str, prompt: Prompt, detector: str, score: float) -> Row:
-    told = {"stage": stage, "detector": detector, "prompt_id": prompt.id, "label": prompt.label, "source": prompt.source}
-    return {**told, "terminal": prompt.terminal, "score": float(score)}
-
-
-def _own(guard: LatentGuard, states: States, split: str) -> Any:
-    return states.of(split, Candidate(guard.method, guard.layers, guard.positions, 1.0))
+    return {"stage": stage, "detector": detector, **without_text(prompt), "score": float(score)}
 
 
 def _pooled(rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if row["set"] == "all families" and row["detector"] == "guard" and row["is"] == "AUROC"), None)
-
-
-def _value(row: Row) -> Value:
-    return Value(row["value"], row["low"], row["high"], row["n"])
-
-
-def _plain(found: Any) -> dict:
-    """Value, low, high and n of whatever holds them."""
-    return {key: getattr(found, key) for key in ("value", "low", "high", "n")}
 
 
 def _told(guard: LatentGuard) -> Mapping[str, Any]:

@@ -21,8 +21,10 @@ from latentguard.datasets import Dataset, load_dataset
 from latentguard.errors import InputError
 from latentguard.experiments import Row, headline, opening
 from latentguard.guards.calibration import Threshold, promise
-from latentguard.guards.fitting import Search, candidates_of, check_sides, fit_guard
+from latentguard.guards.fitting import fit_guard
 from latentguard.guards.guard import LatentGuard
+from latentguard.guards.search import Search, candidates_of
+from latentguard.guards.tallies import named
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge
 from latentguard.metrics import DRAWS, MIN_COUNT, Rate, Value, as_text, auroc, clustered_rate, mean, paired_auroc, paired_difference, rate
@@ -81,7 +83,7 @@ class StressGuard:
         """Refuse a guard that is not there, layers that the model does not have, data without both sides held out, and a missing library."""
         if self.guard is None:
             candidates_of(self.search, n_layers)
-            check_sides(data)
+            self.search.of(data)
         elif not Path(self.guard).is_dir():
             raise InputError(f"guard={self.guard}: there is no such folder; give one that exp=fit_guard wrote, or leave it null to have one fitted")
         if not (data.test.harmful and data.test.harmless):
@@ -128,7 +130,7 @@ class StressGuard:
         summary |= {"table": [*table, *map(_edge_line, edges)], "edges": edges, "withheld": why, "finetune": told, "effects": []}
         summary["figures"] = ["guard_robustness"]
         metric = f"lowest AUROC of {len(ranked)} perturbations{' (' + ', '.join(sorted(known)) + ' apart)' if known else ''}: {ranked[0]['perturbation']}"
-        summary["headline"] = headline(metric, _value(ranked[0]), "higher", withheld=bool(why))
+        summary["headline"] = headline(metric, ranked[0], "higher", withheld=bool(why))
         summary["claim"] = self._claim(backend.name, guard, reference, ranked, [*lines, *after], told, why)
         drawn = plots.rows_of([row for row in table if math.isfinite(row["value"])], {c.what.name: c.what.says for c in cases} | _AFTER | {"as_is": AS_IS.says})
         title = f"{backend.name}: a Latent Guard on the same requests in other forms, worst first"
@@ -296,19 +298,19 @@ class _Measure:
         changes: Row = {}
         changed, controlled = case.moved or case.what.name != AS_IS.name, case.control == "perturbed"
         if changed and controlled and np.isfinite(before).all() and 0 < y.sum() < len(y):
-            _put(changes, "auroc_change", paired_auroc(x, before, y))
+            changes |= named("auroc_change", paired_auroc(x, before, y))
         for label, name in zip(LABELS, ("recall", "fpr", "lookalike_fpr"), strict=True):
             if not by[label] or not (controlled or label == "harmful"):
                 continue
             flags = [score >= at for _, score, *_ in by[label]]
             frames = [case.frames.get(p.id, i) for i, (p, *_) in enumerate(by[label])]
             together = [[flag for flag, own in zip(flags, frames, strict=True) if own == one] for one in sorted(set(frames))]
-            _put(line, name, clustered_rate(together) if case.frames else rate(flags))
+            line |= named(name, clustered_rate(together) if case.frames else rate(flags))
             twinned = [(score, then) for _, score, then, _ in by[label] if math.isfinite(then)]
             if changed and twinned:
                 now, then = np.array(twinned).T
-                _put(changes, f"{name}_change", paired_difference(list(now >= at), list(then >= self.threshold.value)))
-                _put(changes, f"mean_change_{label}", mean(now - then))
+                changes |= named(f"{name}_change", paired_difference(list(now >= at), list(then >= self.threshold.value)))
+                changes |= named(f"mean_change_{label}", mean(now - then))
         counts = {f"n_{label}": len(found) for label, found in by.items()}
         return line | changes | counts | {"refused": len(refused), "why": refused[0] if refused else ""}
 
@@ -365,19 +367,10 @@ def _held_out(guard: LatentGuard, data: Dataset, tests: dict[str, list[Prompt]])
     return f"the guard {told}, so test prompts may have been fitted on"
 
 
-def _put(line: Row, name: str, found: Value | Rate) -> None:
-    value = found.rate if isinstance(found, Rate) else found.value
-    line |= {name: value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
 def _badness(row: Row) -> tuple[bool, float, float]:
     """Worst first: lowest AUROC, then lowest recall; rows without a number last."""
     lost = math.isnan(row["value"])
     return lost, 0.0 if lost else row["value"], row.get("recall", 1.0)
-
-
-def _value(row: Row) -> Value:
-    return Value(row["value"], row["low"], row["high"], row["n"])
 
 
 def _share(row: Row, key: str) -> Row:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-_HOME = {"LatentGuard": "guard", "Turn": "guard", "Drift": "drift", "Threshold": "calibration", "Search": "fitting", "METHODS": "probes"}
+_HOME = {"LatentGuard": "guard", "Turn": "guard", "Drift": "drift", "Threshold": "calibration", "Search": "search", "METHODS": "probes"}
 __all__ = [*_HOME]
 
 

@@ -12,8 +12,6 @@ from latentguard.prompts import Prompt
 if TYPE_CHECKING:
     from latentguard.backends import Backend
 
-BASELINES = ("last_token", "ngram", "tfidf", "length")
-
 
 class Baselines:
     """What reads the text of prompts alone, fitted on some of them and scoring others: the last token's id and words with pairs of words

@@ -53,34 +53,38 @@ class Calibration:
         return 1 / (1 + np.exp(-np.clip(self.slope * raw + self.offset, -700, 700)))
 
 
-def platt(raw: Numbers, harmful: Sequence[bool] | np.ndarray, weights: Numbers | None = None) -> Calibration:
+def calibrated(kind: str, raw: Numbers, harmful: Sequence[bool] | np.ndarray) -> Calibration:
+    """The calibration of one of `KINDS` that fits raw scores of held-out prompts."""
+    return {"platt": platt, "isotonic": isotonic}[kind](raw, harmful)
+
+
+def platt(raw: Numbers, harmful: Sequence[bool] | np.ndarray) -> Calibration:
     """The likeliest logistic curve, with Platt's own softened targets, so that sides that do not overlap stay finite."""
     from scipy.optimize import minimize
 
     raw, y = np.asarray(raw, float), np.asarray(harmful, bool)
-    w = np.ones(len(raw)) if weights is None else np.asarray(weights, float)
     _both(y)
-    middle, spread = float(np.average(raw, weights=w)), float(raw.std()) or 1.0
+    middle, spread = float(raw.mean()), float(raw.std()) or 1.0
     x = (raw - middle) / spread
     target = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))
 
     def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
         z = at[0] * x + at[1]
-        off = w * (1 / (1 + np.exp(-np.clip(z, -700, 700))) - target)
-        return float((w * (np.logaddexp(0, z) - target * z)).sum()), np.array([(off * x).sum(), off.sum()])
+        off = 1 / (1 + np.exp(-np.clip(z, -700, 700))) - target
+        return float((np.logaddexp(0, z) - target * z).sum()), np.array([(off * x).sum(), off.sum()])
 
     slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(1e-6, None), (None, None)]).x
     return Calibration("platt", float(slope / spread), float(offset - slope * middle / spread))
 
 
-def isotonic(raw: Numbers, harmful: Sequence[bool] | np.ndarray, weights: Numbers | None = None) -> Calibration:
+def isotonic(raw: Numbers, harmful: Sequence[bool] | np.ndarray) -> Calibration:
     """The best rising step function, its steps joined by lines; no probability is 0 or 1 outright."""
     from sklearn.isotonic import IsotonicRegression
 
     raw, y = np.asarray(raw, float), np.asarray(harmful, bool)
     _both(y)
     edge = 1 / (len(raw) + 2)
-    model = IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip").fit(raw, y.astype(float), sample_weight=weights)
+    model = IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip").fit(raw, y.astype(float))
     knots, levels = model.X_thresholds_, model.y_thresholds_
     if len(knots) < 2:
         knots, levels = np.array([raw.min(), raw.min() + 1.0]), np.repeat(levels[:1], 2)

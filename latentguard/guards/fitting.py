@@ -3,28 +3,26 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latentguard.datasets import PromptSet
 from latentguard.errors import InputError
-from latentguard.guards.baselines import areas, baseline_scores, standard, warnings_of
-from latentguard.guards.calibration import KINDS, calibration_error, isotonic, platt, promise
+from latentguard.guards.baselines import Baselines, areas, standard, warnings_of
+from latentguard.guards.calibration import calibrated, calibration_error
 from latentguard.guards.drift import Reference
-from latentguard.guards.guard import PROMISES, LatentGuard, promised
-from latentguard.guards.marks import check_terminal, training
-from latentguard.guards.probes import METHODS, Probe, fit_probe
-from latentguard.layers import resolve_layers
+from latentguard.guards.forms import twins
+from latentguard.guards.guard import LatentGuard, promised
+from latentguard.guards.marks import training
+from latentguard.guards.probes import Probe, fit_probe
+from latentguard.guards.search import SPLITS, Candidate, Search, candidates_of, union
 from latentguard.metrics import Value, auroc, rate, tpr_at_fpr
-from latentguard.positions import parse_position
 from latentguard.prompts import Prompt, digest
-from latentguard.settings import check_counts, check_seed
 from latentguard.weights import problem
 
 if TYPE_CHECKING:
@@ -32,105 +30,23 @@ if TYPE_CHECKING:
     from latentguard.datasets import Dataset
 
 log = logging.getLogger(__name__)
-SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Search:
-    """What is tried, and how the best is told.
-
-    Attributes:
-        methods: of probes.METHODS, each tried on each set of states.
-        layers: sets of layers that are read jointly, each layer a share of the depth or an index.
-        positions: sets of positions that are read jointly.
-        strengths: of the regularisation, for the methods that have one.
-        criterion: `across` scores every family of sets by probes that never saw it (AUROC over all, train split); `within` fits on
-            train and scores validation. The first asks for what a guard meets in use.
-        families: names for sources that belong together, so that none of a family is trained on while another is scored.
-        balance: whether every source counts with the root of its size on either side, and both sides alike.
-        terminal: how texts end (marks.py).
-        calibration: platt or isotonic.
-        thresholds: promises, chosen on validation.
-        categories: of harmful prompts that count as harmful; all others, harmful ones too, are the other side. Empty: every harmful one.
-        domains: field whose values get thresholds of their own where they have prompts enough: source, category, or null.
-    """
-
-    methods: tuple[str, ...] = ("logistic",)
-    layers: tuple[tuple[float | int, ...], ...] = ((0.5, 0.58, 0.67), (0.42, 0.54, 0.67, 0.79))
-    positions: tuple[tuple[str, ...], ...] = (("mean(user)",), ("t_inst", "mean(user)"))
-    strengths: tuple[float, ...] = (1.0,)
-    criterion: str = "across"
-    families: dict[str, tuple[str, ...]] | None = None
-    balance: bool = True
-    terminal: str = "period"
-    calibration: str = "platt"
-    thresholds: tuple[str, ...] = PROMISES
-    categories: tuple[str, ...] = ()
-    domains: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("methods", "layers", "positions", "strengths"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: name at least one")
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods={list(self.methods)}: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
-        for name in (one for together in self.positions for one in together):
-            parse_position(name, reading=True)
-        if not all(together for together in (*self.layers, *self.positions)):
-            raise ValueError("layers and positions: a set that is read jointly holds at least one")
-        if not all(strength > 0 for strength in self.strengths):
-            raise ValueError(f"strengths={list(self.strengths)}: above 0")
-        for name, known in (("criterion", ("across", "within")), ("calibration", KINDS), ("domains", ("source", "category", None))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, known))}")
-        check_terminal(self.terminal)
-        for name in self.thresholds:
-            promise(name)
-        check_seed(self.seed)
-        check_counts(self)
-
-    def family(self, prompt: Prompt) -> str:
-        """Which family a prompt's set belongs to; by itself where none is named."""
-        return next((name for name, members in (self.families or {}).items() if prompt.source in members), prompt.source)
-
-    def of(self, data: "Dataset") -> "Dataset":
-        """The data as a guard of `categories` is to see them.
-
-        Raises:
-            InputError: for a category that no harmful prompt has.
-        """
-        known = {p.category for p in data if p.harmful}
-        if unknown := [name for name in self.categories if name not in known]:
-            raise InputError(
-                f"categories={unknown}: data {data.name} has no harmful prompt of that category; it has {', '.join(sorted(filter(None, known))[:40])}"
-            )
-        if not self.categories:
-            return data
-        turned = {
-            split: PromptSet(tuple(replace(p, harmful=bool(p.harmful) and p.category in self.categories) for p in getattr(data, split))) for split in SPLITS
-        }
-        return replace(data, name=f"{data.name}_{'_'.join(self.categories)}", **turned)
-
-
-@dataclass(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
-class Candidate:
-    """One thing that is tried."""
-
-    method: str
-    layers: tuple[int, ...]
-    positions: tuple[str, ...]
-    strength: float
 
 
 class States:
-    """The states of a data set's splits, read once for all candidates."""
+    """The states of a data set's splits and of the train prompts' twins, read once for all candidates, and what words alone say of them.
 
-    def __init__(self, backend: "Backend", data: "Dataset", layers: Sequence[int], positions: Sequence[str], terminal: str) -> None:
-        self.layers, self.positions = tuple(layers), tuple(positions)
+    Attributes:
+        twin_of: of each twin, the row of its prompt in the train split.
+    """
+
+    def __init__(self, backend: "Backend", data: "Dataset", candidates: Sequence[Candidate], search: Search) -> None:
+        self.backend, self.search = backend, search
+        self.layers, self.positions = union(candidates)
         self.prompts = {split: list(getattr(data, split)) for split in SPLITS}
-        self.shown = {split: training(prompts, terminal) for split, prompts in self.prompts.items()}
-        self.values = {split: backend.read(shown, layers, positions).values for split, shown in self.shown.items() if shown}
+        made, rows = twins(backend, self.prompts["train"], search.forms, search.seed)
+        self.twin_of = np.array(rows, dtype=int)
+        self.shown = {split: training(prompts, search.terminal) for split, prompts in (self.prompts | {"twins": made}).items()}
+        self.values = {split: backend.read(shown, self.layers, self.positions).values for split, shown in self.shown.items() if shown}
         self.harmful = {split: np.array([bool(p.harmful) for p in prompts]) for split, prompts in self.prompts.items()}
 
     def of(self, split: str, candidate: Candidate) -> Tensor:
@@ -139,6 +55,20 @@ class States:
         places = [self.positions.index(position) for position in candidate.positions]
         return self.values[split][:, rows][:, :, places]
 
+    @cached_property
+    def words(self) -> Baselines:
+        """What words alone tell, over all three splits in their order; twins are left out."""
+        return Baselines(self.backend, [p for split in SPLITS for p in self.shown[split]])
+
+    @cached_property
+    def alone(self) -> dict[str, np.ndarray]:
+        """Scores [prompt] of the test split by each baseline, fitted on the train split."""
+        return self.words.scores(self.mask("train"), self.mask("test"))
+
+    def mask(self, split: str) -> np.ndarray:
+        """Which of all prompts, the splits in their order, are of a split."""
+        return np.concatenate([np.full(len(self.prompts[one]), one == split) for one in SPLITS])
+
 
 def fit_guard(backend: "Backend", data: "Dataset", *, name: str = "", search: Search | None = None, **settings: Any) -> LatentGuard:
     """`LatentGuard.fit`: choose, fit on train, calibrate on validation, measure on test."""
@@ -146,53 +76,19 @@ def fit_guard(backend: "Backend", data: "Dataset", *, name: str = "", search: Se
         search = search or Search(**settings)
     except ValidationError as error:
         raise InputError(problem("guard", error)) from error
-    check_sides(data)
     data = search.of(data)
-    check_sides(data)
     candidates = candidates_of(search, backend.n_layers)
-    states = States(backend, data, *_union(candidates), search.terminal)
-    return fitted(backend, data, states, candidates, search, name)
+    return fitted(data, States(backend, data, candidates, search), candidates, name)
 
 
-def check_sides(data: "Dataset") -> None:
-    """Refuse data that lack a side in a split, or a label."""
-    for split in SPLITS:
-        prompts = list(getattr(data, split))
-        if unlabelled := next((p.id for p in prompts if p.harmful is None), None):
-            raise InputError(f"data {data.name}: prompt {unlabelled} has no label; a guard is fitted on labelled prompts")
-        n = sum(bool(p.harmful) for p in prompts)
-        if not 0 < n < len(prompts):
-            raise InputError(
-                f"data {data.name}: the {split} split has {n} harmful and {len(prompts) - n} harmless prompts; a guard needs both sides in each split"
-                " (data=guard joins sets, data.split=[…] shares them out)"
-            )
-
-
-def candidates_of(search: Search, n_layers: int) -> list[Candidate]:
-    """Everything that is tried; methods without regularisation are tried once."""
-    found = []
-    for together in search.layers:
-        layers = tuple(sorted(set(resolve_layers(list(together), n_layers))))
-        for places in search.positions:
-            for method in search.methods:
-                strengths = (1.0,) if method in ("paper", "mean_difference") else search.strengths
-                found += [Candidate(method, layers, tuple(places), float(strength)) for strength in strengths]
-    return list(dict.fromkeys(found))
-
-
-def _union(candidates: Sequence[Candidate]) -> tuple[list[int], list[str]]:
-    layers = sorted({layer for one in candidates for layer in one.layers})
-    return layers, list(dict.fromkeys(place for one in candidates for place in one.positions))
-
-
-def fitted(backend: "Backend", data: "Dataset", states: States, candidates: Sequence[Candidate], search: Search, name: str) -> LatentGuard:
+def fitted(data: "Dataset", states: States, candidates: Sequence[Candidate], name: str) -> LatentGuard:
     """The best of the candidates as a guard, with all that was seen on the way in `about`."""
-    tried = [{**asdict(one), "auroc": judged(one, states, search)} for one in tqdm(candidates, desc="guard candidates", leave=False, delay=2)]
+    backend, search, harmful = states.backend, states.search, states.harmful
+    tried = [{**asdict(one), "auroc": judged(one, states)} for one in tqdm(candidates, desc="guard candidates", leave=False, delay=2)]
     best = candidates[int(np.argmax([row["auroc"] for row in tried]))]
-    probe = fit_on(best, states, search, np.ones(len(states.prompts["train"]), bool))
+    probe = fit_on(best, states, _everyone(states))
     raw = {split: probe.raw(states.of(split, best)).numpy() for split in SPLITS}
-    harmful = states.harmful
-    calibration = {"platt": platt, "isotonic": isotonic}[search.calibration](raw["validation"], harmful["validation"])
+    calibration = calibrated(search.calibration, raw["validation"], harmful["validation"])
     scores = {split: calibration(found) for split, found in raw.items()}
     made = LatentGuard(
         name=name or f"{data.name}_{backend.name}",
@@ -212,13 +108,13 @@ def fitted(backend: "Backend", data: "Dataset", states: States, candidates: Sequ
         domains=_domains(scores["validation"], harmful["validation"], states.prompts["validation"], search),
         backend=backend,
     )
-    alone = baseline_scores(backend, states.shown["train"], states.shown["test"])
-    found = areas({"guard": raw["test"], **alone}, harmful["test"])
+    found = areas({"guard": raw["test"], **states.alone}, harmful["test"])
     about = {
         "search": asdict(search),
         "tried": tried,
         "strength": best.strength,
         "data": {"name": data.name, "hash": data.hash, **data.card, "counts": _counts(states), "ids": _hashes(states)},
+        "forms": _forms(states),
         "validation": measured(scores["validation"], harmful["validation"], made),
         "test": measured(scores["test"], harmful["test"], made),
         "baselines": {key: value.as_dict() for key, value in found.items() if key != "guard"},
@@ -229,51 +125,62 @@ def fitted(backend: "Backend", data: "Dataset", states: States, candidates: Sequ
     return replace(made, about=about)
 
 
-def judged(candidate: Candidate, states: States, search: Search) -> float:
+def judged(candidate: Candidate, states: States) -> float:
     """How well a candidate ranks what it was not fitted on, by the search's criterion."""
-    if search.criterion == "within":
-        probe = fit_on(candidate, states, search, np.ones(len(states.prompts["train"]), bool))
-        raw, y = probe.raw(states.of("validation", candidate)).numpy(), states.harmful["validation"]
+    if states.search.criterion == "within":
+        raw, y = fit_on(candidate, states, _everyone(states)).raw(states.of("validation", candidate)).numpy(), states.harmful["validation"]
     else:
-        raw, y = unseen_scores(candidate, states, search, "train"), states.harmful["train"]
+        raw, y = unseen_scores(candidate, states, "train"), states.harmful["train"]
     return auroc(raw[y], raw[~y]).value
 
 
-def unseen_scores(candidate: Candidate, states: States, search: Search, split: str) -> np.ndarray:
-    """Raw scores [prompt] of a split, those of every family by a probe fitted on the train prompts of the others.
+def unseen_scores(candidate: Candidate, states: States, *splits: str) -> np.ndarray:
+    """Raw scores [prompt] of splits one after another, those of every family by a probe fitted on the train prompts of the others.
 
     Probes have no common unit: each is set so that the train prompts it was fitted on have mean 0 and deviation 1 on either side's average.
     A single family is dealt into five parts by group instead.
     """
-    train, scored = (parts(states, search, one) for one in ("train", split))
+    train, scored = parts(states, "train"), np.concatenate([parts(states, split) for split in splits])
+    values = torch.cat([states.of(split, candidate) for split in splits])
     found = np.full(len(scored), np.nan)
     for family in dict.fromkeys(scored):
-        rows = train != family
+        rows, here = train != family, scored == family
         y = states.harmful["train"][rows]
         if not y.any() or y.all():
             raise InputError(f"without {family} the train split has prompts on one side alone: join another set, or set criterion=within")
-        probe = fit_on(candidate, states, search, rows)
-        here = scored == family
-        own, other = (probe.raw(states.of(of, candidate)[torch.from_numpy(those)]).numpy() for of, those in (("train", rows), (split, here)))
-        fitted = np.arange(len(own) + len(other)) < len(own)
-        found[here] = standard(np.concatenate([own, other]), fitted, np.concatenate([y, np.zeros(len(other), bool)]))[~fitted]
+        probe = fit_on(candidate, states, rows)
+        own, other = (probe.raw(those[torch.from_numpy(of)]).numpy() for those, of in ((states.of("train", candidate), rows), (values, here)))
+        of_train = np.arange(len(own) + len(other)) < len(own)
+        found[here] = standard(np.concatenate([own, other]), of_train, np.concatenate([y, np.zeros(len(other), bool)]))[~of_train]
     return found
 
 
-def parts(states: States, search: Search, split: str) -> np.ndarray:
+def parts(states: States, split: str) -> np.ndarray:
     """What is left out together with each prompt of a split: its family; where the train split has one family alone, one of five lots of groups."""
-    if len({search.family(p) for p in states.prompts["train"]}) > 1:
-        return np.array([search.family(p) for p in states.prompts[split]])
+    family = states.search.family
+    if len({family(p) for p in states.prompts["train"]}) > 1:
+        return np.array([family(p) for p in states.prompts[split]])
     return np.array([f"part {int(digest(p.group)[:8], 16) % 5 + 1} of 5" for p in states.prompts[split]])
 
 
-def fit_on(candidate: Candidate, states: States, search: Search, rows: np.ndarray) -> Probe:
-    """The candidate's probe on some of the train prompts."""
+def fit_on(candidate: Candidate, states: States, rows: np.ndarray) -> Probe:
+    """The candidate's probe on some of the train prompts and their twins; a prompt and its twin share the prompt's weight."""
     prompts = [p for p, kept in zip(states.prompts["train"], rows, strict=True) if kept]
-    weights = balanced(prompts, states.harmful["train"][rows]) if search.balance else None
-    chosen = torch.from_numpy(rows)
-    values, y = states.of("train", candidate)[chosen], torch.from_numpy(states.harmful["train"][rows])
-    return fit_probe(candidate.method, values, y, strength=candidate.strength, weights=weights, seed=search.seed)
+    values, y = states.of("train", candidate)[torch.from_numpy(rows)], states.harmful["train"][rows]
+    weights = balanced(prompts, y) if states.search.balance else None
+    beside = rows[states.twin_of]
+    if beside.any():
+        at = (np.cumsum(rows) - 1)[states.twin_of[beside]]  # of each twin, its prompt's row among the chosen
+        weights = np.ones(len(prompts)) if weights is None else weights
+        weights[at] /= 2
+        weights, y = np.concatenate([weights, weights[at]]), np.concatenate([y, y[at]])
+        values = torch.cat([values, states.of("twins", candidate)[torch.from_numpy(beside)]])
+        weights *= len(weights) / weights.sum()
+    return fit_probe(candidate.method, values, torch.from_numpy(y), strength=candidate.strength, weights=weights, seed=states.search.seed)
+
+
+def _everyone(states: States) -> np.ndarray:
+    return np.ones(len(states.prompts["train"]), bool)
 
 
 def balanced(prompts: Sequence[Prompt], harmful: np.ndarray) -> np.ndarray:
@@ -320,3 +227,12 @@ def _counts(states: States) -> dict[str, dict[str, int]]:
 def _hashes(states: States) -> dict[str, str]:
     """One hash a split, of what was shown."""
     return {split: digest(sorted(p.instruction for p in shown))[:16] for split, shown in states.shown.items()}
+
+
+def _forms(states: States) -> dict[str, int]:
+    """Twins by their form."""
+    found: dict[str, int] = {}
+    for twin in states.shown["twins"]:
+        form = twin.id.rsplit("~", 1)[1]
+        found[form] = found.get(form, 0) + 1
+    return dict(sorted(found.items()))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentguard.errors import InputError
-from latentguard.guards.calibration import Calibration, Threshold, isotonic, named, platt, threshold
+from latentguard.guards.calibration import Calibration, Threshold, calibrated, named, threshold
 from latentguard.guards.drift import Drift, Reference, drift, finite
 from latentguard.guards.lineage import read_on
 from latentguard.guards.marks import seen, training, turns
@@ -82,7 +82,7 @@ class LatentGuard:
         """Fitted on the train split, chosen and calibrated on the validation split, measured on the test split.
 
         Args:
-            settings: fields of `fitting.Search` (`method`, `layers`, `positions`, `strengths`, `terminal`, `seed`, …), and `name`.
+            settings: fields of `search.Search` (`methods`, `layers`, `positions`, `strengths`, `terminal`, `seed`, …), and `name`.
 
         Raises:
             InputError: for settings that cannot be, and data without prompts on both sides of each split.
@@ -200,7 +200,7 @@ class LatentGuard:
         shown = training(prompts, self.terminal)
         states = torch.cat([self.states(shown[at : at + 256]) for at in range(0, len(shown), 256)])
         raw, harmful = self.probe.raw(states).numpy(), np.array([bool(p.harmful) for p in prompts])
-        calibration = {"platt": platt, "isotonic": isotonic}[kind or self.calibration.kind](raw, harmful)
+        calibration = calibrated(kind or self.calibration.kind, raw, harmful)
         made = replace(self, calibration=calibration, thresholds=promised(calibration(raw), harmful), domains={})
         reference = replace(self.reference, raw=Reference.of(states, states, raw).raw, n=len(raw))
         assert self.backend

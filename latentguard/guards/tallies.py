@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from latentguard.datasets import Dataset
+from latentguard.datasets import Dataset, same_words
 from latentguard.metrics import Rate, Value, auprc, auroc, f1, mcnemar, paired_auroc, rate, tpr_at_fpr
-from latentguard.prompts import Prompt, digest
+from latentguard.prompts import Prompt
 
 Row = dict[str, Any]
 GUARD, AWAY, HOME = "latent_guard", "elsewhere, pooled", "test, pooled"
@@ -69,8 +69,8 @@ class Held:
         listed = [(p, p.source, split) for split in ("validation", "test") for p in getattr(data, split)]
         listed += [(p, name, "elsewhere") for name, prompts in away.items() for p in prompts]
         prompts, sets, splits = zip(*listed, strict=True)
-        kept = {words_of(p): i for i, (p, _, split) in reversed(list(enumerate(listed))) if split == "elsewhere"}
-        first = [split != "elsewhere" or kept[words_of(p)] == i for i, (p, _, split) in enumerate(listed)]
+        kept = {same_words(p): i for i, (p, _, split) in reversed(list(enumerate(listed))) if split == "elsewhere"}
+        first = [split != "elsewhere" or kept[same_words(p)] == i for i, (p, _, split) in enumerate(listed)]
         return cls(
             list(prompts), np.array(sets), np.array(splits), np.array([bool(p.harmful) for p in prompts]), np.array([p.label for p in prompts]), np.array(first)
         )
@@ -100,11 +100,6 @@ class Held:
         return Part(own, own)
 
 
-def words_of(prompt: Prompt) -> str:
-    """What two prompts share that are one: words and label, case, blanks and final marks aside."""
-    return digest([[(m.role, " ".join(m.content.lower().rstrip(".?! ").split())) for m in prompt.messages], prompt.harmful])
-
-
 def lines(of: str, part: Part, held: Held, found: dict[str, Scored]) -> list[Row]:
     """A set's numbers: areas, decisions at the threshold of best F1, and what Latent Guard has more than each."""
     rows = [row for one in found.values() for row in _areas(of, part, held, one)]
@@ -115,10 +110,10 @@ def lines(of: str, part: Part, held: Held, found: dict[str, Scored]) -> list[Row
             continue
         if 0 < held.harmful[part.beside].sum() < part.beside.sum():
             gap = paired_auroc(best.scores[part.beside], one.scores[part.beside], held.harmful[part.beside])
-            rows.append(one.told(of, **{"is": AHEAD, "against": part.against}) | _flat(gap) | {"p_delong": gap.p})
+            rows.append(one.told(of, **{"is": AHEAD, "against": part.against}) | flat(gap) | {"p_delong": gap.p})
         right = [(x.scores > x.rules[BEST_F1])[part.own] == held.harmful[part.own] for x in (best, one)]
         gap = mcnemar(*right)
-        rows.append(one.told(of, **{"is": RIGHTER, "rule": BEST_F1}) | _flat(gap) | {"p_mcnemar": gap.p})
+        rows.append(one.told(of, **{"is": RIGHTER, "rule": BEST_F1}) | flat(gap) | {"p_mcnemar": gap.p})
     return rows + [row for one in found.values() for row in _kinds(of, part, held, one)]
 
 
@@ -128,13 +123,18 @@ def _areas(of: str, part: Part, held: Held, one: Scored) -> list[Row]:
     if not (len(high) and len(low)):
         return []
     told = one.told(of, **{"is": "AUROC", "negatives": "all", "against": part.against})
-    row = {**told, **_flat(auroc(high, low)), "n_harmful": len(high), "n_harmless": len(low)}
+    row = {**told, **flat(auroc(high, low)), "n_harmful": len(high), "n_harmless": len(low)}
     if part.against:
         return [row]
-    row |= _named("auprc", auprc(high, low))
+    return [row | named("auprc", auprc(high, low)) | recalls(high, low)]
+
+
+def recalls(high: np.ndarray, low: np.ndarray) -> Row:
+    """Recall at 1% and 5% false positives, where there are negatives enough to tell."""
+    found: Row = {}
     for level in (0.01, 0.05):
-        row |= _named(f"tpr_at_{level:.0%}", tpr_at_fpr(high, low, level)) if len(low) >= 1 / level else {}
-    return [row]
+        found |= named(f"tpr_at_{level:.0%}", tpr_at_fpr(high, low, level)) if len(low) >= 1 / level else {}
+    return found
 
 
 def _kinds(of: str, part: Part, held: Held, one: Scored) -> list[Row]:
@@ -144,7 +144,7 @@ def _kinds(of: str, part: Part, held: Held, one: Scored) -> list[Row]:
     if not len(high) or not all(map(len, kinds.values())):
         return []
     told = {name: one.told(of, **{"is": "AUROC", "negatives": name}) for name in kinds}
-    return [{**told[name], **_flat(auroc(high, low)), "n_harmful": len(high), "n_harmless": len(low)} for name, low in kinds.items()]
+    return [{**told[name], **flat(auroc(high, low)), "n_harmful": len(high), "n_harmless": len(low)} for name, low in kinds.items()]
 
 
 def _decided(of: str, own: np.ndarray, held: Held, one: Scored, rule: str) -> Row:
@@ -154,10 +154,10 @@ def _decided(of: str, own: np.ndarray, held: Held, one: Scored, rule: str) -> Ro
     row = one.told(of, **{"rule": rule, "threshold": one.rules[rule]})
     if not recall.n or not alarms.n:
         some = recall if recall.n else alarms
-        return row | {"is": "recall" if recall.n else "FPR"} | _flat(Value(some.rate, some.low, some.high, some.n))
-    row |= {"is": "F1", **_flat(f1(flagged[y], flagged[~y])), "n_harmful": recall.n, "n_harmless": alarms.n} | _named("recall", recall) | _named("fpr", alarms)
+        return row | {"is": "recall" if recall.n else "FPR"} | flat(Value(some.rate, some.low, some.high, some.n))
+    row |= {"is": "F1", **flat(f1(flagged[y], flagged[~y])), "n_harmful": recall.n, "n_harmless": alarms.n} | named("recall", recall) | named("fpr", alarms)
     alike = rate(list(flagged[held.labels[own] == KINDS["look-alikes"]]))
-    return row | (_named("lookalike_fpr", alike) | {"n_lookalike": alike.n} if alike.n else {})
+    return row | (named("lookalike_fpr", alike) | {"n_lookalike": alike.n} if alike.n else {})
 
 
 def other_rules(of: str, part: Part, held: Held, found: dict[str, Scored]) -> list[Row]:
@@ -168,8 +168,8 @@ def other_rules(of: str, part: Part, held: Held, found: dict[str, Scored]) -> li
 def costs(found: dict[str, Scored]) -> list[Row]:
     """Time and arithmetic a prompt; n of the time is rounds, of the arithmetic prompts."""
     of = f"{found[GUARD].gflops.n} prompts, timed"
-    rows = [one.told(of, **{"is": "ms a prompt"}) | _flat(one.ms) for one in found.values() if one.ms.n]
-    return rows + [one.told(of, **{"is": "GFLOPs a prompt"}) | _flat(one.gflops) for one in found.values() if one.gflops.n]
+    rows = [one.told(of, **{"is": "ms a prompt"}) | flat(one.ms) for one in found.values() if one.ms.n]
+    return rows + [one.told(of, **{"is": "GFLOPs a prompt"}) | flat(one.gflops) for one in found.values() if one.gflops.n]
 
 
 def curve(part: Part, held: Held, found: dict[str, Scored]) -> list[Row]:
@@ -183,7 +183,7 @@ def curve(part: Part, held: Held, found: dict[str, Scored]) -> list[Row]:
             "status": one.told("")["status"],
             "fpr": level,
             "at": f"{level:.1%}".replace(".0%", "%"),
-            **_flat(tpr_at_fpr(one.scores[part.own & held.harmful], one.scores[part.own & ~held.harmful], level)),
+            **flat(tpr_at_fpr(one.scores[part.own & held.harmful], one.scores[part.own & ~held.harmful], level)),
             "n_harmless": low,
         }
         for one in found.values()
@@ -192,10 +192,11 @@ def curve(part: Part, held: Held, found: dict[str, Scored]) -> list[Row]:
     ]
 
 
-def _flat(found: Value) -> Row:
+def flat(found: Value) -> Row:
+    """A value in the columns that every table has."""
     return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
-def _named(name: str, found: Value | Rate) -> Row:
+def named(name: str, found: Value | Rate) -> Row:
     """A value or a rate in columns of its own."""
     return {name: found.rate if isinstance(found, Rate) else found.value, f"{name}_low": found.low, f"{name}_high": found.high}
