@@ -63,6 +63,11 @@ def test_its_numbers_are_the_guards_with_intervals(guard):
     assert all(sentence.split(":")[0][1:] in words for sentence in guard.about["warnings"])
 
 
+def test_twins_in_other_forms_are_named(guard):
+    assert "in other forms" not in card(guard)
+    assert "fitted beside on 12 twins of its train prompts in other forms (polite, typos\\_5%)" in card(about(guard, forms={"polite": 5, "typos_5%": 7}))
+
+
 def test_a_promise_that_the_test_split_does_not_keep_says_so(guard):
     def with_fpr(low, high):
         found = {"k": 1, "n": 100, "rate": (low + high) / 2, "low": low, "high": high}

@@ -85,6 +85,17 @@ def test_a_guard_that_reads_harm_keeps_its_rank_in_every_form(data):
     assert len(rows) > 20 and all(row["value"] == 1 for row in rows.values())
 
 
+def test_forms_that_the_guard_was_fitted_on_are_told_apart(data, blind):
+    backend = Planted()
+    known = dict.fromkeys((name for name, row in blind[2].items() if row["value"] <= 0.6), 40)
+    guard = guard_of(backend, data, 0, "mixed")
+    guard.about["forms"] = known
+    summary, _, rows = stressed(data, backend=backend, guard=guard)
+    assert {name for name, row in rows.items() if row["fitted_on"]} == set(known) >= set(MARKS)
+    assert "that it was not fitted on, " in summary["claim"] and summary["headline"]["value"] <= 0.6
+    assert not any(row["fitted_on"] for row in blind[2].values()) and "not fitted on" not in blind[0]["claim"]
+
+
 def test_rows_stand_worst_first(blind):
     areas = [row["value"] for row in blind[0]["table"]]
     assert areas == sorted(areas) and areas[0] < 0.6 < areas[-1]

@@ -236,6 +236,8 @@ class StressGuard:
 
         text = f"{name}: guard {guard.name} at {self.at}, requests as they are: {three(reference)}; worst of {len(ranked)} perturbations by AUROC, "
         text += f"{ranked[0]['perturbation']}: {three(ranked[0])}"
+        if (new := [row for row in ranked if not row["fitted_on"]]) and len(new) < len(ranked):
+            text += f"; worst of the {len(new)} that it was not fitted on, {new[0]['perturbation']}: {three(new[0])}"
         if heard := [row for row in ranked if "recall" in row]:
             least = min(heard, key=lambda row: row["recall"])
             text += f"; lowest recall, {least['perturbation']}: {as_text(_share(least, 'recall'))}"
@@ -295,6 +297,7 @@ class _Measure:
         clusters = np.array([case.frames.get(p.id, -1) for p, *_ in ordered])
         found = _auroc_by(x, y, clusters) if case.frames else auroc(x[y], x[~y])
         line: Row = {"perturbation": case.what.name, "family": case.what.family, "control": case.control, "is": "AUROC", **found.as_dict()}
+        line |= {"fitted_on": case.what.name in self.guard.about.get("forms", {})}
         changes: Row = {}
         changed, controlled = case.moved or case.what.name != AS_IS.name, case.control == "perturbed"
         if changed and controlled and np.isfinite(before).all() and 0 < y.sum() < len(y):

@@ -157,6 +157,8 @@ def _limits(guard: "LatentGuard", about: About) -> list[str]:
         if about.robustness
         else "Jailbreak rewrites (templates, suffixes, persuasion), role play, typos, translations and requests inside long texts: not measured. Expect misses."
     )
+    if about.forms:
+        rewrites += f" It was fitted beside on {sum(about.forms.values())} twins of its train prompts in other forms ({', '.join(map(text, about.forms))})."
     uses = [
         f"**For:** an advisory score beside other measures, on prompts to {text(guard.model)}: to route, log, rank for review, or refuse where a wrong refusal "
         "is cheap.",

@@ -147,6 +147,7 @@ class About:
     tried: tuple[dict[str, Any], ...] = ()
     strength: float | None = None
     data: Data | None = None
+    forms: dict[str, Count] = Field(default_factory=dict)
     validation: Measured | None = None
     test: Measured | None = None
     baselines: dict[str, Interval] = Field(default_factory=dict)

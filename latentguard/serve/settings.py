@@ -42,7 +42,7 @@ class Settings:
         "tokens of one batch, at most (a single longer text goes alone); auto: what the backend runs in one pass", "auto"
     )
     linger_ms: Annotated[float, Field(ge=0, le=1000)] = _of(
-        "how long a batch waits for those who were just answered to ask again, in ms, and at most a quarter of the last batch's time; 0: never", 10.0
+        "how long a batch waits for those who were just answered to ask again, in ms, and at most a quarter of the last batch's time; 0: never", 50.0
     )
     threads: Literal["auto"] | Count = _of("torch's threads; auto: its own choice", "auto")
     queue: Count = _of("texts that may wait; over it 429", 1024)
