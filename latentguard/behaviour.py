@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentguard.backends import Backend, Decoding, Measure, Reply
+from latentguard.backends import Acting, Backend, Decoding, Measure, Reply
+from latentguard.errors import InputError
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge, Verdict
 from latentguard.metrics import base_rate_gate, log_odds, rate
@@ -135,6 +136,10 @@ def _shift(logprobs: Tensor, clean: Tensor, _own: object, tokens: Iterable[int])
 def _damage(logprobs: Tensor, clean: Tensor, following: Sequence[int]) -> tuple[float, float, float, float]:
     total = -sum(float(logprobs[row, token]) for row, token in enumerate(following))
     return divergence(clean, logprobs), surprise(logprobs, following), surprise(clean, following), total
+
+
+def _likelihood(logprobs: Tensor, _clean: object, following: Sequence[int]) -> float:
+    return -surprise(logprobs, following)
 
 
 @dataclass(frozen=True)
@@ -269,6 +274,48 @@ class Damage:
     def prepare(self, indices: Sequence[int]) -> None:
         """The clean run of these prompts."""
         self.clean.fetch(indices)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Mean log-likelihood, in nats a token, of the reply that a prompt has begun (`Prompt.begun`), its first token included; at position
+    to_reply. `replies` are its tokens, a list a prompt.
+    """
+
+    replies: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, backend: Backend, prompts: Sequence[Prompt]) -> "Likelihood":
+        """Of the replies that these prompts have begun.
+
+        Raises:
+            InputError: for a prompt without one.
+        """
+        rendered = zip(prompts, backend.render(prompts), strict=True)
+        found = [(prompt, tuple(item.ids[t] for t in item.reply_tokens)) for prompt, item in rendered]
+        if lacking := next((prompt for prompt, tokens in found if not tokens), None):
+            raise InputError(f"prompt {lacking.id}: no reply has begun, so it has no likelihood; give it one, prompt.answered(text)")
+        return cls(tuple(tokens for _, tokens in found))
+
+    def __call__(self, index: int, logprobs: Tensor) -> float:
+        """Of one prompt in one cell: [token, vocab] log-probabilities at to_reply."""
+        if len(logprobs) != len(self.replies[index]):
+            raise InputError(f"a reply of {len(self.replies[index])} tokens and log-probabilities of {len(logprobs)} places: ask for position=to_reply")
+        return _likelihood(logprobs, None, self.replies[index])
+
+    def measure(self, indices: Sequence[int]) -> Measure:
+        """To be taken elsewhere."""
+        return Measure(_likelihood, own=[list(self.replies[i]) for i in indices])
+
+    def identity(self) -> object:
+        """The tokens of the reply are the prompt's own."""
+        return ["likelihood of the begun reply", 1]
+
+
+def likelihoods(backend: Backend, prompts: Sequence[Prompt], interventions: Acting = ()) -> list:
+    """`Likelihood` of each prompt's begun reply: a list over prompts, or of such lists for a `Grid`; nothing is computed for no prompt."""
+    listed = list(prompts)
+    return backend.logits(listed, interventions, position="to_reply", reduce=Likelihood.of(backend, listed)) if listed else []
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ The grammar, everything relative to the last user turn ("the instruction"):
     user          every token of the instruction             all           every token of the prompt
     before("…")   every token before that text in the instruction, the template's and system's included
     between("…", "…")   the tokens of the instruction after the one text and before the other
-    mean(P)       the mean over the tokens of P: the only way to *read* user, all, before and between
+    reply         every token with which the reply has begun (`Prompt.begun`); t_post_inst is then its last
+    to_reply      the token before each of these: where each of them is predicted
+    mean(P)       the mean over the tokens of P: the only way to *read* places of many tokens
 """
 
 import re
@@ -18,25 +20,34 @@ from latentguard.errors import InputError
 
 _ATOM = re.compile(
     r"""(?P<inst>t_inst)(?:-(?P<back>\d+))?$|(?P<last>t_post_inst)$|post\((?P<post>\d+)\)$|(?P<word>last_word)$"""
-    r"""|(?P<user>user)$|(?P<all>all)$|before\((?P<quote>["'])(?P<before>.+)(?P=quote)\)$"""
+    r"""|(?P<user>user)$|(?P<all>all)$|(?P<reply>(?:to_)?reply)$|before\((?P<quote>["'])(?P<before>.+)(?P=quote)\)$"""
     r"""|between\((?P<q1>["'])(?P<after>.+?)(?P=q1)\s*,\s*(?P<q2>["'])(?P<until>.+)(?P=q2)\)$""",
     re.DOTALL,
 )
-GRAMMAR = 't_inst, t_inst-1, t_post_inst, post(1), last_word, user, all, before("text"), between("text", "text"), mean(user)'
+GRAMMAR = 't_inst, t_inst-1, t_post_inst, post(1), last_word, user, all, before("text"), between("text", "text"), reply, to_reply, mean(user)'
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as the model gets it: token ids, the characters of each token, and where the instruction lies."""
+    """A prompt as the model gets it: token ids, the characters of each token, where the instruction lies, and where the reply begins if
+    it has. `bare`: it was asked for that nothing follows the instruction, so that its last token is the prompt's.
+    """
 
     text: str
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
     user: tuple[int, int]
     prompt_id: str = ""
+    begun: int | None = None
+    bare: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def reply_tokens(self) -> list[int]:
+        """Indices of the tokens with which the reply has begun."""
+        return [] if self.begun is None else [i for i, (_, end) in enumerate(self.offsets) if end > self.begun]
 
     @property
     def user_tokens(self) -> list[int]:
@@ -68,7 +79,14 @@ class Position:
         user = rendered.user_tokens
         if not user:
             raise InputError(f"{self._at(rendered)}: the tokenizer gives the instruction no token")
-        after = list(range(user[-1] + 1, len(rendered)))
+        reply = rendered.reply_tokens
+        if found["reply"]:
+            if not reply:
+                raise InputError(f"{self._at(rendered)}: no reply has begun; give the prompt its beginning, Prompt.begun")
+            return reply if found["reply"] == "reply" else [i - 1 for i in reply]
+        if found["last"] and (reply or rendered.bare):
+            return [len(rendered) - 1]
+        after = list(range(user[-1] + 1, reply[0] if reply else len(rendered)))
         if found["all"]:
             return list(range(len(rendered)))
         if found["user"]:
@@ -134,6 +152,6 @@ def parse_position(name: "str | Position", *, reading: bool = False) -> Position
     found = _ATOM.match(atom)
     if not found or found["post"] == "0":
         raise InputError(f"position {name!r}: give one of {GRAMMAR}")
-    if reading and not mean and (found["user"] or found["all"] or found["before"] or found["after"]):
+    if reading and not mean and any(found[many] for many in ("user", "all", "reply", "before", "after")):
         raise InputError(f"position {name!r} is many tokens: to read one vector write mean({atom}), or name a token such as t_inst")
     return Position(text, atom, mean)

@@ -11,6 +11,8 @@ from latentguard.errors import InputError
 
 Terminal = Literal["keep", "strip", "period"]
 TERMINALS = ("keep", "strip", "period")
+# How a conversation is set before the model, words untouched; "" is as the template sets it (views.py).
+VIEWS = ("", "role_swap", "role_dup", "no_system", "no_eot", "plain_roles", "query_in_system", "blank_after_header", "plain")
 _FINAL_MARKS = ".?!" + string.whitespace
 
 
@@ -30,7 +32,9 @@ class Prompt:
     `group` ties a request to its rewrites and to its matched twin, so that no split tears them apart.
     `exempt` prompts (attack suffixes, live conversations) keep their final mark whatever `terminal` says;
     `terminal` records what was done. `suffix=False` ends the rendered prompt with the instruction, without the tokens
-    that the template puts after it (arXiv 2507.11878, §3.1).
+    that the template puts after it (arXiv 2507.11878, §3.1). `view` is one of `VIEWS`: another way to set the same words before the
+    model. `begun` is the text with which its reply has begun: it stands behind all that the template adds, and the reply goes on from it.
+    `language` is a code such as `en`; "" where nobody has said.
     """
 
     messages: tuple[Message, ...]
@@ -43,12 +47,19 @@ class Prompt:
     exempt: bool = False
     terminal: str = field(default="keep")
     suffix: bool = True
+    view: str = ""
+    begun: str = ""
+    language: str = ""
 
     def __post_init__(self) -> None:
         if not self.messages or self.messages[-1].role != "user":
             raise InputError(f"prompt {self.id or '(no id)'}: the last message must be the user's, it is what the model answers")
         if not self.instruction.strip():
             raise InputError(f"prompt {self.id or '(no id)'}: the last user message is empty")
+        if self.view not in VIEWS:
+            raise InputError(f"prompt {self.id or '(no id)'}: view={self.view!r} is none of {', '.join(filter(None, VIEWS))}, or '' for the template's own")
+        if self.begun and not self.suffix:
+            raise InputError(f"prompt {self.id or '(no id)'}: suffix=False ends with the instruction, so no reply has begun; leave one of them out")
         if not self.id:
             object.__setattr__(self, "id", "p" + digest([(m.role, m.content) for m in self.messages])[:12])
         if not self.group:
@@ -74,6 +85,14 @@ class Prompt:
     def with_instruction(self, text: str, **changed: object) -> "Prompt":
         """The same prompt asking `text` instead; id and group stay."""
         return replace(self, messages=(*self.messages[:-1], Message("user", text)), **changed)  # type: ignore[arg-type]
+
+    def seen(self, view: str) -> "Prompt":
+        """The same prompt in another view, with an id of its own; label, group and source stay."""
+        return self if view == self.view else replace(self, view=view, id=f"{self.id}~{view or 'canonical'}")
+
+    def answered(self, text: str) -> "Prompt":
+        """The same prompt with a reply that has begun with `text`, with an id of its own; label, group and source stay."""
+        return replace(self, begun=text, id=f"{self.id}~{digest(text)[:6]}")
 
 
 def inverted(prompt: Prompt, question: str) -> Prompt:

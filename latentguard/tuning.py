@@ -169,7 +169,7 @@ def _with_targets(backend: Local, examples: Sequence[Example], eos: bool) -> lis
             raise InputError(f"prompt {prompt.id}: its reply {reply!r} has no token to learn")
         if backend.limit and len(item) + len(target) > backend.limit:
             raise InputError(f"prompt {prompt.id}: {len(item) + len(target)} tokens with its reply, but {backend.name} takes {backend.limit}; shorten it")
-        found.append(_Told(item.text, (*item.ids, *target), item.offsets, item.user, item.prompt_id, len(target)))
+        found.append(_Told(item.text, (*item.ids, *target), item.offsets, item.user, item.prompt_id, target=len(target)))
     return found
 
 

@@ -12,7 +12,10 @@ PACKAGE = REPO / "latentguard"
 LEVELS = {
     4: {"run", "sweeps", "bench", "serve"},
     3: {"experiments"},
-    2: {"detectors", "guards", "guard_models", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "report", "tables"},
+    2: {
+        *("detectors", "guards", "guard_models", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "outcomes"),
+        *("contrasts", "labelled_replies", "predictors", "truthfulness", "report", "tables"),
+    },
     1: {"backends", "families", "weights", "templates"},
     0: {
         "prompts",
@@ -40,6 +43,12 @@ LEVELS = {
         "configs",
         "ranks",
         "perturbations",
+        "views",
+        "ablations",
+        "moves",
+        "words",
+        "neurons",
+        "statements",
     },
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
