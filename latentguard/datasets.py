@@ -154,6 +154,7 @@ class DataSpec:
     label: Literal["harmful", "harmless", "lookalike"] | None = None
     category: str = "category"
     group: str | None = None
+    language: str = ""
     lookalike: bool = False
     exempt: bool = False
     terminal: Literal["keep", "strip", "period"] = "period"
@@ -216,7 +217,9 @@ def load_dataset(name: str | DataSpec, **changed: Any) -> Dataset:
         twice = next(i for i in ids if ids.count(i) > 1)
         raise InputError(f"data {spec.name}: the id {twice!r} stands on two different prompts; make ids unique or leave them out")
     sides = _split(list(prompts.values()), spec)
-    return Dataset(spec.name, *(PromptSet(tuple(sides[split])) for split in SPLITS), card={"terminal": spec.terminal, "sets": cards}, spec=spec)
+    languages = sorted({p.language for p, _ in prompts.values()})
+    spoken = {"languages": languages} if all(languages) else {}
+    return Dataset(spec.name, *(PromptSet(tuple(sides[split])) for split in SPLITS), card={"terminal": spec.terminal, "sets": cards, **spoken}, spec=spec)
 
 
 def _chosen(spec: DataSpec, rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
@@ -306,7 +309,10 @@ def _hub_rows(spec: DataSpec) -> list[tuple[str, dict]]:
 def _prompt(spec: DataSpec, row: Any, where: str) -> tuple[Prompt, str | None]:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with a field {spec.text!r}, got {type(row).__name__}")
-    known = {"category": str(row.get(spec.category) or ""), "source": spec.name, "exempt": spec.exempt}
+    spoken = row.get("language") or spec.language
+    if not isinstance(spoken, str) or len(spoken) > 40:
+        raise InputError(f"{where}: language={str(spoken)[:40]!r} is no code such as en")
+    known = {"category": str(row.get(spec.category) or ""), "source": spec.name, "exempt": spec.exempt, "language": spoken.lower()}
     label = spec.label or row.get(spec.label_field)
     if label is None:
         raise InputError(

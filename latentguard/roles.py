@@ -229,7 +229,7 @@ def about(prompt: Prompt) -> dict[str, Any]:
 def without_text(prompt: Prompt) -> dict[str, Any]:
     """The same but for its words: for scores and the tables of figures."""
     known = {"prompt_id": prompt.id, "label": prompt.label, "category": prompt.category}
-    return {**known, "source": prompt.source, "terminal": prompt.terminal}
+    return {**known, "source": prompt.source, "terminal": prompt.terminal, **({"language": prompt.language} if prompt.language else {})}
 
 
 def dealt(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:

@@ -430,3 +430,17 @@ def test_figures_can_be_read(sets, models):
         assert "n = 240" in " ".join(t.get_text().replace("\n", " ") for t, _ in found)
     looks = [(line.get_color(), line.get_marker()) for line in plot.figure.legends[0].legend_handles]
     assert len(set(looks)) == len(looks) or models > 7
+
+
+def test_numbers_by_language_where_a_set_has_more_than_one(folder, data, compared):
+    spoken = [{**row, "language": "de" if i % 3 else "fr"} for i, row in enumerate([*far("harmful", 36, "s"), *far("harmless", 36, "s")])]
+    write(folder / "spoken.jsonl", spoken)
+    summary, tracker = run(data, elsewhere=(str(folder / "spoken.jsonl"),))
+    rows = [one for one in tracker.all_rows if one["stage"] == "guard_compare" and one["detector"] == "latent_guard_paper" and one["split"] == "elsewhere"]
+    for language, n in (("de", 48), ("fr", 24)):
+        own = [one for one in rows if one["language"] == language]
+        found = row(summary, f"elsewhere, pooled in {language}", "latent_guard_paper", negatives="all")
+        high, low = ([one["score"] for one in own if (one["label"] == "harmful") is side] for side in (True, False))
+        assert len(own) == n == found["n"] and found["value"] == pytest.approx(roc_auc_score([1] * len(high) + [0] * len(low), [*high, *low]))
+        assert row(summary, f"elsewhere, pooled in {language}", "latent_guard", "F1")["n"] == n
+    assert not any(" in " in line["set"] for line in compared[0]["table"] if line["set"] != f"{line['n']} prompts, timed"), "one language is not told apart"

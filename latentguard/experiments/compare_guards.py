@@ -52,6 +52,7 @@ class CompareGuards:
     fpr: float = 0.05
     n_timed: int = 64
     rounds: int = 5
+    batch: int = 16
     casting: Casting = Casting()
     seed: int = 0
 
@@ -72,7 +73,7 @@ class CompareGuards:
             raise ValueError(f"wording={self.wording[:60]!r}: choose one of {', '.join(WORDINGS)}, or give a text with {{request}} in it once")
         if not 0 < self.fpr < 1:
             raise ValueError(f"fpr={self.fpr}: a share of harmless prompts, between 0 and 1")
-        check_counts(self, "rounds")
+        check_counts(self, "rounds", "batch")
         if self.n_timed < 0:
             raise ValueError(f"n_timed={self.n_timed}: a number of prompts, or 0 to time nothing")
         check_seed(self.seed)
@@ -199,7 +200,8 @@ class CompareGuards:
         seconds, direct = [], inmost(backend)
         for _ in range(self.rounds + 1) if timed and rival.timed else ():
             started = time.perf_counter()
-            rival.score(direct, timed)
+            for at in range(0, len(timed), self.batch):
+                rival.score(direct, timed[at : at + self.batch])
             seconds.append(time.perf_counter() - started)
         spent = mean([1000 * s / len(timed) for s in seconds[1:]])  # the first warms up
         arithmetic = rival.flops(direct, timed) / 1e9

@@ -61,6 +61,7 @@ class Held:
     splits: np.ndarray
     harmful: np.ndarray
     labels: np.ndarray
+    languages: np.ndarray
     first: np.ndarray  # False for one whose words stand in an earlier set elsewhere: it counts once in the pool
 
     @classmethod
@@ -71,9 +72,8 @@ class Held:
         prompts, sets, splits = zip(*listed, strict=True)
         kept = {same_words(p): i for i, (p, _, split) in reversed(list(enumerate(listed))) if split == "elsewhere"}
         first = [split != "elsewhere" or kept[same_words(p)] == i for i, (p, _, split) in enumerate(listed)]
-        return cls(
-            list(prompts), np.array(sets), np.array(splits), np.array([bool(p.harmful) for p in prompts]), np.array([p.label for p in prompts]), np.array(first)
-        )
+        harmful, labels, languages = (np.array(known) for known in ([bool(p.harmful) for p in prompts], [p.label for p in prompts], [p.language for p in prompts]))
+        return cls(list(prompts), np.array(sets), np.array(splits), harmful, labels, languages, np.array(first))
 
     def evaluated(self) -> dict[str, Part]:
         """Every set that numbers are told of, the pool of unseen ones first."""
@@ -83,7 +83,16 @@ class Held:
         own |= {HOME: home} | ({name: away & (self.sets == name) for name in named} if len(named) > 1 else {})
         sources = list(dict.fromkeys(map(str, self.sets[home])))
         own |= {f"test: {name}": home & (self.sets == name) for name in sources} if len(sources) > 1 else {}
+        own |= {f"{name} in {language or 'a language not said'}": mask & self._in(language) for name, mask in list(own.items()) for language in self._spoken(mask)}
         return {name: self._part(mask, name, away & self.first, home) for name, mask in own.items()}
+
+    def _spoken(self, own: np.ndarray) -> list[str]:
+        """The languages of a set that has more than one."""
+        found = sorted(set(map(str, self.languages[own])))
+        return found if len(found) > 1 else []
+
+    def _in(self, language: str) -> np.ndarray:
+        return self.languages == language
 
     def _part(self, own: np.ndarray, name: str, away: np.ndarray, home: np.ndarray) -> Part:
         """With the other side of a set of one side: that of the others elsewhere, or else of the test split."""
