@@ -3,6 +3,7 @@
 Both labels are rewritten alike: a form says nothing of harm.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from latentguard.roles import dealt
 if TYPE_CHECKING:
     from latentguard.backends import Backend
 
+log = logging.getLogger(__name__)
 _CONTEXT = re.compile(r"context_([1-9]\d{0,4})_(middle|first)")
 _FILLER = 200  # harmless texts that contexts are made of
 
@@ -52,12 +54,10 @@ def forms_of(backend: "Backend", prompts: Sequence[Prompt], names: Sequence[str]
 
 
 def twins(backend: "Backend", prompts: Sequence[Prompt], names: Sequence[str], seed: int) -> tuple[list[Prompt], list[int]]:
-    """A twin of each prompt in one of the forms, drawn by a hash of its id, and the row of the prompt that each is a twin of.
-
-    Raises:
-        InputError: for a form that the model's template cannot take.
+    """A twin of each prompt in one of the forms, drawn by a hash of its id, and the row of the prompt that each is a twin of. A form that
+    the model's template cannot take is left out, and the log says so.
     """
-    forms = forms_of(backend, prompts, names, seed)
+    forms = [form for form in forms_of(backend, prompts, names, seed) if _taken(backend, form, prompts, seed)]
     made, rows = [], []
     for row, prompt in enumerate(prompts):
         form = forms[int(digest([seed, "form", prompt.id])[:8], 16) % len(forms)] if forms else None
@@ -65,9 +65,13 @@ def twins(backend: "Backend", prompts: Sequence[Prompt], names: Sequence[str], s
         if twin is not prompt:
             made.append(twin)
             rows.append(row)
-    for first in {twin.id.rsplit("~", 1)[1]: twin for twin in made}.values():
-        try:
-            backend.render([first])
-        except InputError as error:
-            raise InputError(f"forms: this model's template cannot take {first.id.rsplit('~', 1)[1]} ({error}); leave it out of search.forms") from error
     return made, rows
+
+
+def _taken(backend: "Backend", form: Perturbation, prompts: Sequence[Prompt], seed: int) -> bool:
+    try:
+        backend.render([form(prompts[0], seed)])
+    except InputError as error:
+        log.warning("forms: no prompt is fitted on as %s (%s)", form.name, error)
+        return False
+    return True
