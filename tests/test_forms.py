@@ -82,6 +82,15 @@ def test_a_form_that_the_template_cannot_take_is_left_out_and_told(tiny, data, m
     assert "no prompt is fitted on as second_turn (no such role)" in caplog.text
 
 
+def test_a_context_needs_plain_harmless_prompts(tiny, data, caplog):
+    harmful = [p for p in data.train if p.harmful]
+    assert twins(tiny, harmful, ["context_20_first"], 0) == ([], []) and "no plain harmless train prompt" in caplog.text
+
+
+def test_the_defaults_are_forms_that_there_are(tiny, data):
+    assert len(forms_of(tiny, list(data.train), Search().forms, 0)) == len(Search().forms) > 5
+
+
 def test_twins_of_a_family_that_is_left_out_teach_nobody(states):
     (candidate,) = candidates_of(SEARCH, states.backend.n_layers)
     train = states.prompts["train"]

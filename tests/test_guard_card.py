@@ -64,7 +64,8 @@ def test_its_numbers_are_the_guards_with_intervals(guard):
 
 
 def test_twins_in_other_forms_are_named(guard):
-    assert "in other forms" not in card(guard)
+    assert "in other forms" not in card(about(guard, forms={}))
+    assert f"{sum(guard.about['forms'].values())} twins" in card(guard)
     assert "fitted beside on 12 twins of its train prompts in other forms (polite, typos\\_5%)" in card(about(guard, forms={"polite": 5, "typos_5%": 7}))
 
 

@@ -35,7 +35,7 @@ from tests.headlines import tells_its_headline
 from tests.planted import A, Planted, dataset_of, everything, number, rows_of, write
 from tests.test_plots import overlap, texts
 
-SEARCH = Search(criterion="within", layers=((0.5, 0.75),), positions=(("t_inst",),))
+SEARCH = Search(criterion="within", layers=((0.5, 0.75),), positions=(("t_inst",),), forms=())  # harm is planted by how a text begins
 CASTING = Casting(n_poles=30, n_test=10, n_validation=10)
 FAST = {"search": SEARCH, "casting": CASTING, "n_timed": 0}
 

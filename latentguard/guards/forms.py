@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _CONTEXT = re.compile(r"context_([1-9]\d{0,4})_(middle|first)")
+FORMS = ("mark_exclamation", "typos_5%", "lower_case", "leetspeak", "polite", "quoted", "other_system", "second_turn", "context_200_middle")
 _FILLER = 200  # harmless texts that contexts are made of
 
 
@@ -47,7 +48,10 @@ def forms_of(backend: "Backend", prompts: Sequence[Prompt], names: Sequence[str]
             if not filler:
                 texts = dealt([p for p in prompts if p.label == "harmless"], seed)[:_FILLER]
                 filler = [(p.instruction, len(r.user_tokens)) for p, r in zip(texts, backend.render(texts), strict=True)] if texts else []
-            found[name] = in_context(filler, int(match[1]), match[2])
+            if filler:
+                found[name] = in_context(filler, int(match[1]), match[2])
+            else:
+                log.warning("forms: no prompt is fitted on as %s (there is no plain harmless train prompt to make the context of)", name)
         else:
             found |= {one.name: one for one in perturbations() if one.name == name or (one.family == name in FAMILIES and not one.known_miss)}
     return list(found.values())

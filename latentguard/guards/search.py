@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from latentguard.datasets import PromptSet
 from latentguard.errors import InputError
 from latentguard.guards.calibration import KINDS, promise
-from latentguard.guards.forms import check_forms
+from latentguard.guards.forms import FORMS, check_forms
 from latentguard.guards.guard import PROMISES
 from latentguard.guards.marks import check_terminal
 from latentguard.guards.probes import METHODS
@@ -56,7 +56,7 @@ class Search:
     families: dict[str, tuple[str, ...]] | None = None
     balance: bool = True
     terminal: str = "period"
-    forms: tuple[str, ...] = ()
+    forms: tuple[str, ...] = FORMS
     calibration: str = "platt"
     thresholds: tuple[str, ...] = PROMISES
     categories: tuple[str, ...] = ()

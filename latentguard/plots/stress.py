@@ -38,7 +38,8 @@ def rows_of(table: Sequence[Mapping[str, Any]], says: Mapping[str, str]) -> list
         for measure, (key, of, _) in _MEASURES.items():
             if line.get(key) is not None:
                 low, high, n = ("low", "high", "n") if key == "value" else (f"{key}_low", f"{key}_high", f"n_{of}")
-                told = {"perturbation": line["perturbation"], "says": says.get(line["perturbation"], line["perturbation"]), "measure": measure, "of": of}
+                name = says.get(line["perturbation"], line["perturbation"]) + (" †" if line.get("fitted_on") else "")
+                told = {"perturbation": line["perturbation"], "says": name, "measure": measure, "of": of}
                 rows.append({**told, "value": line[key], "low": line[low], "high": line[high], "n": line[n]})
     return rows
 
@@ -81,6 +82,7 @@ def robustness(rows: Rows, *, title: str, at: str) -> Plot:
     caption = f"Held-out prompts in other forms, lowest AUROC first; {counted([row for row in rows if row['of'] == 'harmful'])} harmful a row. Left, harmful against all "
     caption += f"harmless prompts in the same form (grey line: chance); then the share flagged at {at}. Dashed: the same prompts as they are (in bold). Whiskers are 95% "
     caption += "intervals, by bootstrap or Wilson's; where prompts share a frame, frames are resampled."
+    caption += " †: train prompts in this form were fitted on." if any(row["says"].endswith("†") for row in rows) else ""
     chart = Chart(
         "bars", "perturbation", "value", "", "AUROC, or share flagged", panel="measure", lying=True, y_range=(0, 1), lines=tuple(lines),
         names={**{f"measure={name}": words for name, (_, _, words) in _MEASURES.items()}, **{f"perturbation={name}": words for name, words in says.items()}},
