@@ -233,6 +233,7 @@ FEW = {
     "fit_guard": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "curve=[]")],
     "guard_compare": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "n_timed=0")],
     "guard_robustness": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "contexts=[50]", "n_test=8")],
+    "predict_refusal": ["exp.layers=[2]", "exp.shuffles=1"],
     "finetune_attack": [f"exp.{word}" for word in ("sizes=[4]", "lora.epochs=1", "steer_layers=[]", "casting.n_poles=8", "casting.n_test=8", "casting.n_validation=2", "casting.max_new_tokens=2")],
 }  # fmt: skip
 

@@ -209,7 +209,7 @@ def test_what_it_says_the_paper_prints_is_what_the_paper_prints(name):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_its_claims_stand_on_the_page_of_the_paper(name):
-    there = "".join((REPO / "docs" / page).read_text(encoding="utf-8") for page in ("paper.md", "steer.md", "latent-guard.md"))
+    there = "".join((REPO / "docs" / page).read_text(encoding="utf-8") for page in ("paper.md", "steer.md", "latent-guard.md", "related.md"))
     for quoted in re.findall(r"^> .*$", text(name), re.MULTILINE):
         assert quoted in there
 
