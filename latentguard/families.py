@@ -34,6 +34,31 @@ def blocks_path(model: torch.nn.Module) -> str:
     return min(found, key=len)
 
 
+def last_write(model: torch.nn.Module) -> torch.Tensor:
+    """What the last block's MLP writes into the residual stream for each of its neurons, [neuron, d_model].
+
+    It is the block's one matrix outside of attention that leads from another width to the model's: mlp.down_proj of Llama, Qwen, Gemma,
+    Mistral and Phi-3, mlp.c_proj of GPT-2 (stored the other way round), mlp.dense_4h_to_h of GPT-NeoX.
+
+    Raises:
+        InputError: where there is none or several (experts), or its numbers are packed.
+    """
+    width = text_config(model.config).hidden_size
+    blocks = model.get_submodule(blocks_path(model))
+    found = []
+    for name, module in blocks[-1].named_modules():  # type: ignore[index]
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.dim() != 2 or "attn" in name or "attention" in name:
+            continue
+        turned = type(module).__name__ == "Conv1D"  # transformers' own: [in, out]
+        writes = weight if turned else weight.T
+        if writes.shape[1] == width and writes.shape[0] != width:
+            found.append(writes)
+    if len(found) != 1 or not found[0].is_floating_point():
+        raise InputError(f"{type(model).__name__}: its last block has {len(found)} matrices by which an MLP could write, of plain numbers; one is needed")
+    return found[0].detach()
+
+
 def sliding_window(config: Any) -> int | None:
     """The shortest attention window (or chunk) of the model, None where every layer sees everything."""
     text = text_config(config)

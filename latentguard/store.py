@@ -13,7 +13,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from latentguard.backends.memory import blank_states
 from latentguard.caches import cache_dir
 from latentguard.directions import Activations
 from latentguard.errors import InputError
-from latentguard.interventions import Cell, Grid
+from latentguard.interventions import Cell, Grid, Intervention
 from latentguard.layers import Layers, resolve_layers
 from latentguard.packs import Rows
 from latentguard.positions import Rendered, parse_position
@@ -165,6 +165,18 @@ class Stored(Backend):
                         results[c][i], entries[keys[c][i]] = result, _encoded(result)
                 self._shelf.add("logits", entries)
         return results if isinstance(interventions, Grid) else results[0]
+
+    def read_under(
+        self, prompts: object, interventions: Sequence[Intervention], layers: Layers = "all", positions: Sequence[str] = ("t_inst",)
+    ) -> Activations:  # fmt: skip
+        """The inner backend's; not kept."""
+        return self.inner.read_under(prompts, interventions, layers, positions)
+
+    def attributions(
+        self, prompts: object, layer: int | float, vector: Tensor, position: str = "t_post_inst", against: Literal["zero", "mean"] = "zero"
+    ) -> "list[np.ndarray]":  # fmt: skip
+        """The inner backend's; not kept."""
+        return self.inner.attributions(prompts, layer, vector, position, against)
 
     def stream(
         self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from latentguard.ablations import ablation, everywhere
 from latentguard.backends import Backend, Reply
 from latentguard.behaviour import Judged, divergence
 from latentguard.configs import option
 from latentguard.datasets import PromptSet, load_dataset
 from latentguard.directions import Activations, mean_difference
 from latentguard.errors import InputError
-from latentguard.experiments.ablate import AblateRefusal, ablation, addition, choose, counted, every_position_after, everywhere
+from latentguard.experiments.ablate import AblateRefusal, addition, choose, counted, every_position_after
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Phrases, Verdict
 from latentguard.layers import resolve_layers

@@ -14,7 +14,7 @@ LEVELS = {
     3: {"experiments"},
     2: {
         *("detectors", "guards", "guard_models", "judges", "controllers", "tuning", "datasets", "store", "behaviour", "roles", "controls", "outcomes"),
-        *("contrasts", "labelled_replies", "predictors", "truthfulness", "report", "tables"),
+        *("contrasts", "labelled_replies", "predictors", "restructured", "transferring", "truthfulness", "report", "tables"),
     },
     1: {"backends", "families", "weights", "templates"},
     0: {

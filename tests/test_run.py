@@ -233,6 +233,8 @@ FEW = {
     "fit_guard": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "curve=[]")],
     "guard_compare": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "n_timed=0")],
     "guard_robustness": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "contexts=[50]", "n_test=8")],
+    "over_refusal": [f"exp.{word}" for word in ("n_lookalike=6", "n_harmful=4", "n_harmless=4", "n_validation=2", "n_swapped=2", "shuffles=2", "refusal_layers=[2]", "draws=1", "max_new_tokens=2")],
+    "structure_robustness": [f"exp.{word}" for word in ("n_test=4", "draws=2", "shuffles=2", "max_new_tokens=2")],
     "predict_refusal": ["exp.layers=[2]", "exp.shuffles=1"],
     "finetune_attack": [f"exp.{word}" for word in ("sizes=[4]", "lora.epochs=1", "steer_layers=[]", "casting.n_poles=8", "casting.n_test=8", "casting.n_validation=2", "casting.max_new_tokens=2")],
 }  # fmt: skip

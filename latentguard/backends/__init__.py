@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload, runtime_checkable
 
 from torch import Tensor
 
@@ -158,6 +158,21 @@ class Backend(Protocol):
         Grid). `reduce(prompt_index, logprobs)` replaces each by something smaller as soon as it is there; where it has
         `prepare(indices)`, that is called before anything runs here, and where it has `measure(indices)`, that `Measure` is what
         a backend elsewhere is sent.
+        """
+        ...
+
+    def read_under(
+        self, prompts: object, interventions: Sequence[Intervention], layers: Layers = "all", positions: Sequence[str] = ("t_inst",)
+    ) -> Activations:  # fmt: skip
+        """As `read`, with interventions acting together on the prompt: a state that is itself acted on is read as it then is."""
+        ...
+
+    def attributions(
+        self, prompts: object, layer: int | float, vector: Tensor, position: str = "t_post_inst", against: Literal["zero", "mean"] = "zero"
+    ) -> "list[np.ndarray]":  # fmt: skip
+        """How much each token of the instruction adds, to first order, to the projection on `vector` [d_model] of the state at a layer and
+        position: its gradient times the token's embedding (`zero`), or times what sets that apart from the mean embedding of the instruction's
+        tokens (`mean`), summed over the width. One float64 array a prompt, one number a token of `user`.
         """
         ...
 

@@ -7,8 +7,9 @@ a cell that first acts at layer l starts from the clean states entering it; the 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import DynamicCache
 
 from latentguard import families
 from latentguard.backends import Acting, Backend, Decoding, Reply, as_grid
+from latentguard.backends.attribution import attributed
 from latentguard.backends.batches import lengthwise, make_batch, shared_prefix, spots
 from latentguard.backends.decoding import Decoder
 from latentguard.backends.guarding import Guarding
@@ -28,7 +30,7 @@ from latentguard.backends.texts import Texts, ends, places
 from latentguard.backends.tracing import nnsight
 from latentguard.directions import Activations, Moments
 from latentguard.errors import InputError
-from latentguard.interventions import Grid
+from latentguard.interventions import Grid, Intervention
 from latentguard.layers import Layers, resolve_layers
 from latentguard.positions import Position, Rendered, parse_position
 from latentguard.prompts import Prompt, as_prompts, digest
@@ -236,6 +238,41 @@ class Local(Texts, Backend):
                 todo = self._halved(todo, short[0])
         bar.close()
         return found
+
+    def read_under(
+        self, prompts: object, interventions: Sequence[Intervention], layers: Layers = "all", positions: Sequence[str] = ("t_inst",)
+    ) -> Activations:  # fmt: skip
+        """States as interventions leave them, by the prefill of a reply."""
+        listed, wanted, parsed = as_prompts(prompts), resolve_layers(layers, self.n_layers), places(positions)
+        values, bar = blank_states(len(listed), len(wanted), len(parsed), self.d_model), self._bar("read", len(listed))
+        with self._asking("_read_under", listed, as_grid(interventions), wanted, parsed) as question:
+            for rows, states in self._read_under(listed, as_grid(interventions), wanted, parsed):
+                values[rows] = states
+                bar.update(len(rows))
+                self.team.resume(question)
+        bar.close()
+        return Activations(values, tuple(listed), wanted, tuple(place.name for place in parsed), self.name, self.weights, self.n_layers)
+
+    def _read_under(self, listed: list[Prompt], grid: Grid, wanted: tuple[int, ...], parsed: list[Position]) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches of prompts, by index, and their states under the one cell of a grid."""
+        rendered = self.render(listed)
+        tokens = [[place.tokens(item) for place in parsed] for item in rendered]
+        last, todo = [len(item) - 1 for item in rendered], {(0, i) for i in range(len(listed))}
+        while todo:
+            with shortage(self.team) as short:
+                for unit in self._prefill(listed, rendered, grid, last, layers=wanted, read=tokens).units(set(todo)):
+                    assert unit.states is not None
+                    yield [i for _, i in unit.pairs], unit.states
+                    todo.difference_update(unit.pairs)
+                    del unit
+            if short:
+                todo = self._halved(todo, short[0])
+
+    def attributions(
+        self, prompts: object, layer: int | float, vector: Tensor, position: str = "t_post_inst", against: Literal["zero", "mean"] = "zero"
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Gradient × input of each instruction token, for a projection."""
+        return attributed(self, as_prompts(prompts), layer, vector, position, against)
 
     def stream(
         self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None

@@ -166,6 +166,14 @@ class Ndif(Texts, Backend):
                     bar.update(len(grid) * len(rows))
         return found if isinstance(interventions, Grid) else found[0]
 
+    def read_under(self, prompts: object, interventions: object, layers: Layers = "all", positions: Sequence[str] = ("t_inst",)) -> Activations:
+        """Refused: a server reads untouched states only."""
+        raise InputError(f"states under an intervention are not read on a server ({self.host.url}): run this model with backend=local")
+
+    def attributions(self, prompts: object, layer: int | float, vector: Tensor, position: str = "t_post_inst", against: str = "zero") -> list:
+        """Refused: no gradient is asked of a server."""
+        raise InputError(f"attributions need gradients, which are not asked of a server ({self.host.url}): run this model with backend=local")
+
     def stream(
         self, prompts: list[Prompt], grid: Grid, decoding: Decoding, decided: Callable[[str], bool] | None = None
     ) -> Iterator[tuple[int, int, Reply]]:  # fmt: skip

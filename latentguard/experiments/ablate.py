@@ -4,8 +4,8 @@ Candidates are differences of means (refused harmful − accepted harmless, trai
 is chosen on validation prompts and tried on test prompts. Ablation acts on the residual stream as it enters every block and
 leaves the last, at all tokens, in prefill and at every step. The predecessor also projects what attention and the MLP write: what
 blocks and the unembedding read lies in the same subspace either way, but here an MLP still sees what its own block's attention has
-just written along the direction. States cannot be read under an intervention (`Backend.read`), so whether Latent Guard still tells
-harmful from harmless in the ablated model is not asked. Knows no other experiment.
+just written along the direction. Whether Latent Guard still tells harmful from harmless in the ablated model is not asked. Knows no other
+experiment.
 """
 
 import logging
@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from latentguard.ablations import ablation, everywhere
 from latentguard.backends import Backend
 from latentguard.behaviour import CleanRun, Damage, Judged, RefusalLogOdds, Shift
 from latentguard.controls import mixed_sides
@@ -25,7 +26,7 @@ from latentguard.datasets import Dataset
 from latentguard.directions import Direction, cosine, mean_difference, random_like
 from latentguard.errors import InputError
 from latentguard.experiments import Row, headline, opening
-from latentguard.interventions import Ablate, Add, Cell, Grid
+from latentguard.interventions import Add, Cell, Grid
 from latentguard.judges import Judge
 from latentguard.layers import check_layer, resolve_layers
 from latentguard.metrics import as_text, clustered_rate, mean, paired_difference, rate
@@ -285,17 +286,6 @@ class _Ablation:
             return f"{self.backend.name}: claim withheld ({short}: {shortfall(cast)}); {numbers}."
         beyond = found["high"] < min(row[key] for row in (random, shuffled) for key in ("low", "lowest_draw"))
         return f"{self.backend.name}: {numbers} — {'beyond its controls' if beyond else 'NOT beyond its controls'}."
-
-
-def everywhere(direction: Direction, layer: int) -> Direction:
-    """The vector of one layer in the place of every layer's: what is ablated from the whole stream."""
-    vectors = direction.at(layer).expand(len(direction.layers), -1).clone()
-    return replace(direction, vectors=vectors, method=f"{direction.method} of layer {layer}, at every layer")
-
-
-def ablation(direction: Direction) -> Ablate:
-    """Directional ablation at every layer and token, in prefill and at every step."""
-    return Ablate(direction, layer="all", when="every_step")
 
 
 def addition(direction: Direction, layer: int) -> Add:

@@ -72,7 +72,9 @@ class Held:
         prompts, sets, splits = zip(*listed, strict=True)
         kept = {same_words(p): i for i, (p, _, split) in reversed(list(enumerate(listed))) if split == "elsewhere"}
         first = [split != "elsewhere" or kept[same_words(p)] == i for i, (p, _, split) in enumerate(listed)]
-        harmful, labels, languages = (np.array(known) for known in ([bool(p.harmful) for p in prompts], [p.label for p in prompts], [p.language for p in prompts]))
+        harmful, labels, languages = (
+            np.array(known) for known in ([bool(p.harmful) for p in prompts], [p.label for p in prompts], [p.language for p in prompts])
+        )
         return cls(list(prompts), np.array(sets), np.array(splits), harmful, labels, languages, np.array(first))
 
     def evaluated(self) -> dict[str, Part]:
@@ -83,7 +85,9 @@ class Held:
         own |= {HOME: home} | ({name: away & (self.sets == name) for name in named} if len(named) > 1 else {})
         sources = list(dict.fromkeys(map(str, self.sets[home])))
         own |= {f"test: {name}": home & (self.sets == name) for name in sources} if len(sources) > 1 else {}
-        own |= {f"{name} in {language or 'a language not said'}": mask & self._in(language) for name, mask in list(own.items()) for language in self._spoken(mask)}
+        own |= {
+            f"{name} in {language or 'a language not said'}": mask & self._in(language) for name, mask in list(own.items()) for language in self._spoken(mask)
+        }
         return {name: self._part(mask, name, away & self.first, home) for name, mask in own.items()}
 
     def _spoken(self, own: np.ndarray) -> list[str]:
