@@ -149,7 +149,7 @@ def _around(text: str, *marks: str) -> list[str]:
 
 def _ended(last: str, then: str, eos: str) -> str:
     """The mark behind a turn: what the template writes where nothing follows (`last`), if that is how what follows (`then`) begins."""
-    for mark in (last, last.removesuffix(eos), last.removesuffix("\n").removesuffix(eos)):
+    for mark in (last, last.removesuffix("\n").removesuffix(eos)):
         if then.startswith(mark):
             return mark
     raise _unlike()

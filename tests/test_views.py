@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from latentguard.backends.local import Local
+from latentguard.backends.ndif import Sizes
+from latentguard.backends.simulated import simulated
 from latentguard.backends.tiny import tiny_model, tiny_tokenizer
 from latentguard.behaviour import Likelihood, likelihoods
 from latentguard.directions import mean_difference
@@ -285,3 +287,13 @@ def test_the_store_tells_views_and_begun_replies_apart(tmp_path):
                 assert likelihoods(stored, [form]) == likelihoods(tiny, [form])
     texts = {tiny.render([form])[0].text for form in forms}
     assert len(texts) == len(forms)
+
+
+def test_elsewhere_views_and_likelihoods_are_as_here(tiny):
+    """A rehearsal of what a server is sent, without our modules there."""
+    told, far = shown(), simulated(tiny, Sizes(batch=4, batches=2, ahead=3))
+    direction = replace(mean_difference(tiny.read(told, "all", ["t_inst"]), told[:6], position="t_inst"), weights="")
+    grid = Grid((Cell(), Cell((Add(direction, layer=2, positions="reply"),))))
+    for here, there in zip(likelihoods(tiny, told, grid), likelihoods(far, told, grid), strict=True):
+        assert there == pytest.approx(here, abs=1e-4)
+    assert torch.allclose(far.read(told, [2], ["t_post_inst"]).values, tiny.read(told, [2], ["t_post_inst"]).values, atol=1e-4)
