@@ -145,7 +145,12 @@ class Restructure:
 
     def _claim(self, name: str, summaries: list[Row], own: Mapping, again: Row, gap: Value, short: str, unable: Mapping[str, str]) -> str:
         before = own[CANONICAL, "harmful refusal", "harmful"]
-        told = "; ".join(f"{row['condition']} {row['refusal_change']:+.2f} ({row['verdict']})" for row in summaries)
+        left = {
+            row["condition"]: f"harmfulness left {row['harmfulness_left']:.2f}, refusal left {row['refusal_left']:.2f}: "
+            for row in summaries
+            if row["value"] == row["value"]
+        }
+        told = "; ".join(f"{row['condition']} {row['refusal_change']:+.2f} ({left.get(row['condition'], '')}{row['verdict']})" for row in summaries)
         kinds = [row["verdict"] for row in summaries]
         main = (
             f"; harmfulness left − refusal left {as_text(gap.as_dict(), sign='+')} over structures that change what stands before the request" if gap.n else ""
