@@ -344,3 +344,8 @@ def test_the_page_says_what_the_cards_say():
         assert [cell.strip(" `") for cell in rows[name][2:7]] == [
             card.id, card.licence, "gated" if card.gated else "open", f"{card.threshold:g}", card.status
         ], name  # fmt: skip
+
+
+def test_the_model_is_asked_in_its_own_template_whatever_view_the_prompt_is_in(tiny):
+    asked = ZeroShot(tiny).ask(Prompt.of("Bake a cake.", view="role_swap", begun="Sure"))
+    assert (asked.view, asked.begun) == ("", "")

@@ -86,7 +86,7 @@ class ZeroShot:
         """The question about a prompt's last user turn; earlier turns stay before it."""
         before, after = self.wording.text.split("{request}")
         asked = before + prompt.instruction.strip() + after
-        return prompt.with_instruction(asked, id=f"{prompt.id}~{digest(asked)[:6]}", suffix=True, exempt=True, terminal="exempt")
+        return prompt.with_instruction(asked, id=f"{prompt.id}~{digest(asked)[:6]}", suffix=True, view="", begun="", exempt=True, terminal="exempt")
 
     @property
     def parameters(self) -> int | None:

@@ -59,7 +59,7 @@ class Frame(Template):
             raise InputError(f"prompt {prompt.id} has {len(prompt.messages)} messages: {self.card.name} judges one request; give it the last user turn alone")
         if self.form == "chat":
             prompt = replace(prompt, messages=tuple(Message(m.role, m.content.strip()) for m in prompt.messages))
-        return super().render(replace(prompt, suffix=True))
+        return super().render(replace(prompt, suffix=True, view="", begun=""))
 
     def _text(self, messages: list[Message]) -> str:
         assert self.card
