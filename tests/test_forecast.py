@@ -16,7 +16,7 @@ from latentguard.errors import InputError
 from latentguard.experiments.forecast import Forecast
 from latentguard.judges import Classifier, Phrases
 from latentguard.metrics import auroc, wilson
-from latentguard.plots.forecast import accuracy_on_replies, areas_by_layer, areas_by_predictor
+from latentguard.plots.forecast import accuracy_on_replies, areas_by_layer, areas_by_predictor, shares_refused
 from latentguard.predictors import Foretold, LogisticProbe, Rates, Words, bound, crossed, dealt_parts, in_parts, lots, measured, near_duplicates, too_few
 from latentguard.prompts import Prompt
 from latentguard.trackers import Memory
@@ -149,7 +149,7 @@ def test_a_model_that_refuses_nothing_or_everything_is_said_to(data, refuses, sa
     summary, tracker = run(data, Planted(refuses=refuses))
     assert summary["status"] == "insufficient_base_rate" and summary["headline"]["withheld"]
     assert says in summary["claim"] and "claim withheld" in summary["claim"]
-    assert {r["measure"] for r in summary["table"]} >= {"harmful refusal", "lookalike refusal"} and not tracker.figures
+    assert {r["measure"] for r in summary["table"]} >= {"harmful refusal", "lookalike refusal"} and list(tracker.figures) == ["predict_refusal_asked"]
 
 
 def test_degenerate_replies_are_left_out_and_counted(data):
@@ -193,7 +193,9 @@ def clear(figure):
 
 def test_figures_are_drawn_from_their_rows_without_overlap(found):
     summary, tracker = found
-    assert summary["figures"] == ["predict_refusal", "predict_refusal_layers"] == list(tracker.figures)
+    assert summary["figures"] == ["predict_refusal", "predict_refusal_layers", "predict_refusal_asked"] == list(tracker.figures)
+    asked = tracker.figures["predict_refusal_asked"]
+    assert clear(shares_refused(asked, title="planted: a title").figure) and sum(row["n"] for row in asked) == summary["asked"]["prompts"]
     for name, draw in (("predict_refusal", areas_by_predictor), ("predict_refusal_layers", areas_by_layer)):
         plot = draw(tracker.figures[name], title="planted: a title")
         assert clear(plot.figure) and plot.chart and Chart.from_dict(json.loads(json.dumps(plot.chart.as_dict()))) == plot.chart
@@ -406,7 +408,7 @@ def test_classifier_and_judges_are_counted_on_the_same_rows(replies, data):
         told["value"] == pytest.approx(np.mean(again)) and f"accuracy {lines['reply', 'random', 'tfidf']['value']:.3f} over 3 random splits" in summary["claim"]
     )
     assert not [r for r in rows if "reply" in r or "prompt" in r]
-    assert summary["status"] == "insufficient_base_rate" and summary["figures"] == ["predict_refusal_replies"], "these need no refusal of the model's own"
+    assert summary["status"] == "insufficient_base_rate" and "predict_refusal_replies" in summary["figures"], "these need no refusal of the model's own"
     plot = accuracy_on_replies(tracker.figures["predict_refusal_replies"], title="labelled replies")
     assert clear(plot.figure) and {line.at for line in plot.chart.lines} >= {0.9062, 0.7391}
 

@@ -24,7 +24,7 @@ from latentguard.labelled_replies import find, load, summed, trials
 from latentguard.layers import check_layer, resolve_layers
 from latentguard.metrics import Rate, as_text, auroc, mcnemar, paired_auroc, rate
 from latentguard.outcomes import LABELS, Observed, gate, gauges, outcomes
-from latentguard.plots.forecast import TASKS, accuracy_on_replies, areas_by_layer, areas_by_predictor, called, method
+from latentguard.plots.forecast import TASKS, accuracy_on_replies, areas_by_layer, areas_by_predictor, called, method, shares_refused
 from latentguard.positions import parse_position
 from latentguard.predictors import (
     Crossed,
@@ -128,6 +128,9 @@ class Forecast:
             summary["table"] = [*found.table, *observed]
             found.draw(backend.name, tracker)
             summary["figures"] += ["predict_refusal", "predict_refusal_layers"]
+        by_set = _by_set(judged)
+        tracker.figure("predict_refusal_asked", shares_refused(by_set, title=f"{backend.name}: which prompts it refuses"), by_set)
+        summary["figures"].append("predict_refusal_asked")
         if self.replies is not None:
             self._replies(data, summary, tracker)
         return summary
@@ -365,3 +368,10 @@ def _within(row: Row) -> Row:
 
 def _place(position: str, layer: int) -> str:
     return f"{position}, layer {layer}"
+
+
+def _by_set(judged: Sequence[Judged]) -> list[Row]:
+    """Shares refused, by set and label."""
+    kinds = sorted({(j.prompt.source, j.prompt.label) for j in judged})
+    found = [(kind, rate([j.verdict.label == "refused" for j in judged if (j.prompt.source, j.prompt.label) == kind])) for kind in kinds]
+    return [{"name": source, "label": label, "value": one.rate, "low": one.low, "high": one.high, "n": one.n} for (source, label), one in found]

@@ -123,6 +123,13 @@ def areas_by_layer(rows: Rows, *, title: str) -> Plot:
 
 
 @in_style
+def shares_refused(rows: Rows, *, title: str) -> Plot:
+    """Share of prompts refused, a row a set, a colour a label. Rows: name (of the set), label, value, low, high, n."""
+    caption = f"Share of each set's prompts that the model refuses ({counted(rows)}), with 95% intervals by Wilson: what there is to foretell."
+    return forest(rows, title=title, caption=caption, what="share refused", name="name", series="label")
+
+
+@in_style
 def accuracy_on_replies(rows: Rows, *, title: str) -> Plot:
     """Accuracy by method and way of splitting, a panel a task. Rows: name (`method`), from (one of `TASKS`), value, low, high, majority, published."""
     caption = "Mean accuracy over random 70/15/15 splits; whiskers hold 95% of the splits. Dashed: the published accuracy, which for prompts is of a classifier trained on "
