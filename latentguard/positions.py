@@ -103,7 +103,9 @@ class Position:
             return [user[-1 - back]]
         if found["last"] or found["post"]:
             if not after:
-                raise InputError(f"{self._at(rendered)}: this template adds nothing after the instruction")
+                raise InputError(
+                    f"{self._at(rendered)}: this template adds nothing after the instruction, as plain text and base models have it; take a chat model, or positions at or before t_inst"
+                )
             number = int(found["post"] or len(after))
             if not 1 <= number <= len(after):
                 raise InputError(f"{self._at(rendered)}: the template adds {len(after)} tokens after the instruction, post(1) … post({len(after)})")

@@ -133,7 +133,8 @@ def run(cfg: DictConfig) -> Any:
             len(data.validation),
             len(data.test),
         )
-        _show_positions(backend, data)
+        if getattr(experiment, "in_own_template", True):
+            _show_positions(backend, data)
         environment = {**_environment(), "backend": backend.key(), "data": {"hash": data.hash, **data.card}, "seed": cfg.seed, "command": sys.argv}
         environment |= {"choices": choices, "model": spec.name, "model_card": spec.card, "licence": spec.licence}
         tracker.write_json("environment.json", environment)

@@ -236,6 +236,7 @@ FEW = {
     "over_refusal": [f"exp.{word}" for word in ("n_lookalike=6", "n_harmful=4", "n_harmless=4", "n_validation=2", "n_swapped=2", "shuffles=2", "refusal_layers=[2]", "draws=1", "max_new_tokens=2")],
     "structure_robustness": [f"exp.{word}" for word in ("n_test=4", "draws=2", "shuffles=2", "max_new_tokens=2")],
     "predict_refusal": ["exp.layers=[2]", "exp.shuffles=1"],
+    "base_vs_post": [f"exp.{word}" for word in ("n_prompts=12", "n_statements=16", "n_causal=8", "n_pairs=4", "shots=2", "draws=1", "max_new_tokens=2", "map_layers=[2]")],
     "finetune_attack": [f"exp.{word}" for word in ("sizes=[4]", "lora.epochs=1", "steer_layers=[]", "casting.n_poles=8", "casting.n_test=8", "casting.n_validation=2", "casting.max_new_tokens=2")],
 }  # fmt: skip
 
