@@ -49,7 +49,7 @@ def _model(name: str) -> Row:
 def _data(name: str) -> Row:
     known = option("data", name)
     hub = (known.get("hub") or {}).get("id")
-    other = {"builtin": "in the package", "file": "data.path"}.get(name, "data.mirror")
+    other = {**dict.fromkeys(("builtin", "languages", "sensitive"), "in the package"), "file": "data.path"}.get(name, "data.mirror")
     return {"from": ", ".join(known.get("sets", ())) or hub or other, **_terms(known)}
 
 

@@ -249,7 +249,7 @@ def _rows(spec: DataSpec) -> tuple[list[tuple[str, dict]], str | None]:
 
 
 def _packaged(spec: DataSpec) -> bool:
-    return spec.name in ("builtin", "sensitive")
+    return spec.name in ("builtin", "languages", "sensitive")
 
 
 def _file_rows(path: Path, sha256: str | None) -> tuple[list[tuple[str, dict]], str]:
