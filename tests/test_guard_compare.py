@@ -127,7 +127,7 @@ def test_every_number_can_be_counted_again_from_the_rows(compared):
     assert set(scored) == {"latent_guard", *RIVALS}
     assert not [key for one in tracker.all_rows if one["stage"] == "guard_compare" for key in one if key in ("prompt", "reply")]
     told = 0
-    for line in summary["table"]:
+    for line in (line for line in summary["table"] if "condition" not in line):
         rows = [r for r in scored[line["detector"]].values() if belongs(r, line["set"])]
         if not rows or line["against"]:
             continue
@@ -156,6 +156,33 @@ def test_every_number_can_be_counted_again_from_the_rows(compared):
             else:
                 assert line["value"] == flagged.mean()
     assert told > 200 and ids
+
+
+def test_refusal_with_a_detector_in_front_can_be_counted_again(compared):
+    summary, tracker = compared
+    scored, asked = scores_of(tracker), [r for r in tracker.all_rows if r.get("stage") == "asked"]
+    scores = {name: {key[2]: one["score"] for key, one in own.items() if key[1] == "elsewhere"} for name, own in scored.items()}
+    fronts = {(r["condition"], r["label"]): r for r in summary["table"] if r.get("measure", "").endswith(" refusal")}
+    assert {r["prompt_id"] for r in asked} and {name for name, _ in fronts} == {"base", *scored, "a coin 0", "a coin 1"}
+    rule = "fpr=0.05 on validation"
+    for (name, label), line in fronts.items():
+        own = [r for r in asked if r["label"] == label]
+        flagged = [scores[name][r["prompt_id"]] > summary["thresholds"][name][rule] if name in scored else False for r in own]
+        if not name.startswith("a coin"):
+            assert line["value"] == np.mean([r["verdict"] == "refused" or f for r, f in zip(own, flagged, strict=True)]) and line["n"] == len(own)
+        assert line["kind"] == {"base": "base", "last_token": "control", "a coin 0": "control", "latent_guard": "method"}.get(name, line["kind"])
+    alone, guarded, coin = (fronts[name, "harmful"]["value"] for name in ("base", "latent_guard", "a coin 0"))
+    assert guarded == 1 > coin > alone, "the guard flags what was planted, and a coin as many of anything"
+    assert fronts["latent_guard", "lookalike"]["change"] < 0.1 < fronts["a coin 0", "lookalike"]["change"]
+    assert {r["label"] for r in summary["table"] if r.get("measure") == "harmfulness"} == {"harmful", "harmless", "lookalike"}, (
+        "where they lie, of the model alone"
+    )
+    assert "refused by" in summary["claim"] and summary["figures"][-1] == "guard_compare_front"
+
+
+def test_a_model_that_never_refuses_is_said_to(data, elsewhere):
+    summary, _ = run(data, Planted(inst=by_words, refuses=lambda prompt: False), elsewhere=elsewhere, scorers=("length",), poles="label")
+    assert summary["asked"]["status"] == "insufficient_base_rate" and "hardly any refusal of its own" in summary["claim"] and summary["status"] == "ok"
 
 
 def belongs(one, of):
@@ -210,7 +237,7 @@ def test_where_no_other_set_has_the_other_side_the_test_split_stands_in(data, el
     summary, _ = run(data, elsewhere=elsewhere[1:2], scorers=("ngram",), poles="label")
     pooled = row(summary, "elsewhere, pooled", "latent_guard")
     assert pooled["against"] == "harmless prompts of the test split" and summary["headline"]["n"] == pooled["n"]
-    assert summary["figures"] == ["guard_compare"], "no ROC of a set of one side"
+    assert summary["figures"] == ["guard_compare", "guard_compare_front"], "no ROC of a set of one side"
     assert summary["status"] == "insufficient_base_rate" and "claim withheld" in summary["claim"]
 
 
@@ -224,10 +251,10 @@ def test_without_sets_elsewhere_it_tells_of_the_test_split_by_source(tmp_path):
 
 def test_poles_by_label_ask_the_model_nothing(data):
     backend = planted()
-    summary, _ = run(data, backend, poles="label", scorers=("refusal_projection", "refusal_log_odds"))
+    summary, _ = run(data, backend, poles="label", scorers=("refusal_projection", "refusal_log_odds"), n_asked=0)
     assert not backend.asked and summary["poles"] == "label" and "by label" in summary["about"]["refusal_projection"]
     backend = planted()
-    summary, _ = run(data, backend, scorers=("refusal_projection",))
+    summary, _ = run(data, backend, scorers=("refusal_projection",), n_asked=0)
     train = {p.id for p in data.train}
     assert backend.asked and set(backend.asked) <= train and summary["poles"] == "behaviour"
 
@@ -386,6 +413,7 @@ def test_a_set_that_the_guard_was_fitted_on_is_refused(saved, folder, tmp_path):
         ({"wording": "how"}, "choose one of plain"),
         ({"fpr": 1.0}, "between 0 and 1"),
         ({"n_timed": -1}, "or 0 to time nothing"),
+        ({"n_asked": -1}, "or 0 to ask nothing"),
         ({"rounds": 0}, "at least 1"),
     ],
 )

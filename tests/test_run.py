@@ -231,7 +231,7 @@ FEW = {
     "final_token": ["exp.terminals=[period]", "exp.shuffles=1"],
     "ablate_refusal": [f"exp.{word}" for word in ("layers=[2]", "n_harmful=2", "n_harmless=2", "n_test=4", "n_beside=2", "n_control=2", "n_damage=2", "draws=1", "shuffles=1", "max_new_tokens=2")],
     "fit_guard": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "curve=[]")],
-    "guard_compare": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "n_timed=0")],
+    "guard_compare": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "n_timed=0", "n_asked=4")],
     "guard_robustness": [f"exp.{word}" for word in ("search.criterion=within", "search.layers=[[1,2]]", "search.positions=[[t_post_inst]]", "contexts=[50]", "n_test=8")],
     "over_refusal": [f"exp.{word}" for word in ("n_lookalike=6", "n_harmful=4", "n_harmless=4", "n_validation=2", "n_swapped=2", "shuffles=2", "refusal_layers=[2]", "draws=1", "max_new_tokens=2")],
     "structure_robustness": [f"exp.{word}" for word in ("n_test=4", "draws=2", "shuffles=2", "max_new_tokens=2")],

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,19 +24,24 @@ from latentguard.experiments import Row, headline, opening
 from latentguard.guard_models import NAMES
 from latentguard.guard_models.asked import WORDINGS
 from latentguard.guards.fitting import fit_guard
+from latentguard.guards.front import COIN, fronted
 from latentguard.guards.guard import LatentGuard
 from latentguard.guards.rivals import ASK, RIVALS, Rival, Rivals, inmost, of_guard, of_model, there
 from latentguard.guards.search import Search, candidates_of
 from latentguard.guards.tallies import AHEAD, AWAY, BEST_F1, GUARD, HOME, KINDS, Held, Scored, costs, curve, lines, other_rules
+from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge
 from latentguard.metrics import Value, as_text, at_fpr, base_rate_gate, best_f1, mean
-from latentguard.plots.guards import areas_by_set, low_false_alarms
+from latentguard.outcomes import LABELS, Observed, gate, gauges, outcomes
+from latentguard.plots.guards import areas_by_set, low_false_alarms, refused_behind
 from latentguard.prompts import Prompt
-from latentguard.roles import POLES, Casting, dealt, find_places, without_text
+from latentguard.roles import POLES, Casting, dealt, find_places, said, without_text
 from latentguard.settings import check_counts, check_seed
 from latentguard.trackers import Tracker
 
 log = logging.getLogger(__name__)
+WORDS = ("last_token", "ngram", "tfidf", "length")  # detectors that see the text alone: controls
+_COINS = 2
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -50,6 +56,7 @@ class CompareGuards:
     wording: str = "plain"
     poles: Literal["behaviour", "label"] = "behaviour"
     fpr: float = 0.05
+    n_asked: int = 60
     n_timed: int = 64
     rounds: int = 5
     batch: int = 16
@@ -74,8 +81,9 @@ class CompareGuards:
         if not 0 < self.fpr < 1:
             raise ValueError(f"fpr={self.fpr}: a share of harmless prompts, between 0 and 1")
         check_counts(self, "rounds", "batch")
-        if self.n_timed < 0:
-            raise ValueError(f"n_timed={self.n_timed}: a number of prompts, or 0 to time nothing")
+        for name, why in (("n_timed", "time"), ("n_asked", "ask")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of prompts, or 0 to {why} nothing")
         check_seed(self.seed)
 
     def check(self, n_layers: int, data: Dataset) -> None:
@@ -169,7 +177,10 @@ class CompareGuards:
             if rival.name in self._models:
                 del rival, make
                 release()  # it is not to stay in memory beside the next
-        return self._summary(opening("guard_compare", backend, data, judge), guard, held, found, away, other, made.poles, tracker)
+        summary = self._summary(opening("guard_compare", backend, data, judge), guard, held, found, away, other, made.poles, tracker)
+        if self.n_asked:
+            self._front(summary, made, held, found, tracker)
+        return summary
 
     def _scored(self, rival: Rival, backend: Backend, held: Held, timed: Sequence[Prompt], tracker: Tracker) -> Scored:
         """Scores of all prompts, what they cost, thresholds from the validation split."""
@@ -236,6 +247,47 @@ class CompareGuards:
             tracker.figure("guard_compare_roc", low_false_alarms(ends, title=f"{summary['model']}: recall at few false alarms, {name}"), ends)
             summary["figures"].append("guard_compare_roc")
         return summary
+
+    def _front(self, summary: Row, made: Rivals, held: Held, found: dict[str, Scored], tracker: Tracker) -> None:
+        """What people meet with each detector in front of the model: a flagged request counts as refused, any other gets the model's own reply."""
+        main, part = next(iter(held.evaluated().items()))
+        at = {p.id: i for i, p in enumerate(held.prompts) if part.own[i]}
+        asked = {label: dealt([held.prompts[i] for i in at.values() if held.labels[i] == label], self.seed)[: self.n_asked] for label in LABELS}
+        everyone = [p for prompts in asked.values() for p in prompts]
+        grid = Grid((Cell(tags={"intervention": "none"}),))
+        judged = said(made.backend, everyone, grid, made.judge, tracker, self.casting.max_new_tokens, stage="asked")[0]
+        base = Observed("base", "base", {label: [j for j in judged if j.prompt.label == label] for label in LABELS if asked[label]}, seed=self.seed)
+        if made.cast and made.cast.high and made.cast.low:
+            gauge = gauges(made.backend, made.cast)
+            lie = {name: {label: one.read(made.backend, asked[label]).tolist() for label in base.replies} for name, one in gauge.items()}
+            base = replace(base, harmfulness=lie["harmfulness"], refusal=lie["refusal"])
+        rule = f"fpr={self.fpr:g} on validation"
+        flags = {name: {label: (one.scores > one.rules[rule])[[at[p.id] for p in asked[label]]] for label in base.replies} for name, one in found.items()}
+        rows = outcomes([base, *fronted(base, flags, [name for name in found if name not in WORDS], draws=_COINS, seed=self.seed)], made.judge)
+        status = {name: "" if one.status == "tested" else one.status for name, one in found.items()}
+        told = [
+            {"set": main, "detector": of, "status": status.get(of, ""), "negatives": "", "against": "", "rule": rule} for of in (r["condition"] for r in rows)
+        ]
+        rows = [{**more, "is": row["measure"], **row} for more, row in zip(told, rows, strict=True)]
+        summary["table"] = [*summary["table"], *rows]
+        short = gate(base)
+        summary["asked"] = {"set": main, **{label: len(prompts) for label, prompts in asked.items()}, "status": short or "ok"}
+        summary["claim"] = summary["claim"].removesuffix(".") + _behind(summary["model"], rows, rule, short)
+        shown = [row for row in rows if row["measure"].endswith(" refusal")]
+        tracker.figure("guard_compare_front", refused_behind(shown, title=f"{summary['model']}: refused with a detector in front"), shown)
+        summary["figures"].append("guard_compare_front")
+
+
+def _behind(model: str, rows: Sequence[Row], rule: str, short: str) -> str:
+    """How many requests are refused by the model alone, behind the guard, behind a coin."""
+    value = {(row["condition"], row["label"]): row for row in rows if row["measure"].endswith(" refusal")}
+
+    def of(condition: str) -> str:
+        return ", ".join(f"{label} {as_text(row)}" for (name, label), row in value.items() if name == condition)
+
+    hardly = f" ({short}: hardly any refusal of its own)" if short else ""
+    coin = ", ".join(f"{label} {row['value']:.2f}" for (name, label), row in value.items() if name == f"{COIN} 0")
+    return f"; refused by {model} alone{hardly}: {of('base')}; with Latent Guard in front ({rule}): {of(GUARD)}; with a coin that flags as many: {coin}."
 
 
 def _of(row: Row) -> str:

@@ -1,12 +1,14 @@
 """Figures of guards side by side: AUROC by set, recall at few false alarms. Knows no experiment."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from latentguard.charts import Chart, Line, Plot
+from latentguard.plots.comparing import forest
 from latentguard.plots.style import DOUBLE, GREY, PALE, Rows, column, counted, distinct, figure_of, in_style, number, plain, whiskers
 from latentguard.plots.words import Named, compose, wrapped
 
@@ -99,6 +101,21 @@ def low_false_alarms(rows: Rows, *, title: str) -> Plot:
         names={key: look[2] for key, look in looks.items()}, colours={key: look[0] for key, look in looks.items()},
     )  # fmt: skip
     return Plot(figure, title, caption + _untested(rows), chart)
+
+
+@in_style
+def refused_behind(rows: Rows, *, title: str) -> Plot:
+    """Share refused by the model alone and with each detector in front of it, a colour a kind of request.
+
+    Rows: detector (base is the model alone), status, label, value, low, high, n.
+    """
+    names = {**{name: look[2] for name, look in _looks(rows).items()}, "base": "the model alone"}
+    caption = f"Share of requests refused ({counted(rows)} of a kind), with 95% intervals by Wilson. A request that the detector flags counts as refused; any other gets "
+    caption += "the model's own reply. Good is high for harmful and as low as the model alone for the others. A coin flags as many requests as Latent Guard, whichever."
+    shown = [{**row, "name": names[row["detector"]]} for row in rows]
+    plot = forest(shown, title=title, caption=caption + _untested(rows), what="share refused", name="name", series="label")
+    assert plot.chart
+    return replace(plot, chart=replace(plot.chart, x="detector", names=names))
 
 
 def _looks(rows: Rows) -> dict[str, tuple[str, str, str]]:
