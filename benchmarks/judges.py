@@ -8,7 +8,6 @@ and the classifier is fitted on the tune halves; the table holds the other halve
 """
 
 import argparse
-import hashlib
 import json
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentguard.judges import WEIGHTS, Classifier, Judge, PaperSubstrings, Phrases, features
+from latentguard.labelled_replies import held_out
 from latentguard.metrics import wilson
 
 SETS = {"XSTest": "xstest_refusal_labels.jsonl", "ChatGPT": "chatgpt_refusals.jsonl"}
@@ -45,7 +45,7 @@ class Row:
 
 def half(prompt: str) -> str:
     """The same for ever and everywhere: the first byte of a SHA-256."""
-    return "tune" if hashlib.sha256(prompt.strip().encode()).digest()[0] % 2 == 0 else "held out"
+    return "held out" if held_out(prompt) else "tune"
 
 
 def load(data: Path) -> list[Row]:

@@ -5,7 +5,8 @@
     python -m benchmarks.serving model=NAME guard=FOLDER               a guard of one's own
 
 Offline is `guard.score` on the texts in the order in which they arrive, as many at a time as the server takes into a batch. Rounds
-alternate, so that what else the machine does falls on both. Prints and writes JSON: throughput of each, their ratio, latencies, errors.
+alternate, so that what else the machine does falls on both. Prints and writes JSON: throughput of each, their ratio, latencies, errors,
+and the server's memory after every round: it should come to rest.
 """
 
 import asyncio
@@ -138,6 +139,7 @@ def main() -> None:
             "offline_cpu_ms": 1000 * alone_cpu / len(flat),
             "server_cpu_ms": 1000 * cpu / len(flat),
             "client_cpu_ms": 1000 * spent(process, own) / len(flat),
+            "server_mb": of_server.memory_info().rss / 1e6,
         }
         rows[-1] |= {"texts_a_batch": more[1] / more[0], "model_share": more[2] / served}  # of the time, with the model at work
         print(json.dumps(rows[-1]), flush=True)

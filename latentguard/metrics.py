@@ -105,14 +105,40 @@ def auroc(positive: Numbers, negative: Numbers) -> Value:
     high, low = np.asarray(positive, float), np.asarray(negative, float)
     if not (len(high) and len(low)):
         return Value(math.nan, math.nan, math.nan, len(high) + len(low))
-    wins = _wins(high, low)
+    won = wins(high, low)
     a, b = _counts(len(high), 0), _counts(len(low), 1)
-    drawn = ((a @ wins) * b).sum(1) / (len(high) * len(low))
+    drawn = ((a @ won) * b).sum(1) / (len(high) * len(low))
     bounds = _percentiles(drawn)
     if bounds[0] == bounds[1]:  # no resample differs: as unsure as a rate over the smaller side
-        found = wilson(round(float(wins.mean()) * min(len(high), len(low))), min(len(high), len(low)))
+        found = wilson(round(float(won.mean()) * min(len(high), len(low))), min(len(high), len(low)))
         bounds = (found.low, found.high)
-    return Value(float(wins.mean()), *bounds, len(high) + len(low))
+    return Value(float(won.mean()), *bounds, len(high) + len(low))
+
+
+def clustered_auroc(positive: Numbers, negative: Numbers, of_positive: Sequence, of_negative: Sequence) -> Value:
+    """AUROC where scores belong to clusters (`of_…`, one each): these are resampled, so scores of one do not count as independent. Scores in one
+    cluster alone have the interval of `auroc`.
+    """
+    found = auroc(positive, negative)
+    names, at = np.unique([*of_positive, *of_negative], return_inverse=True)
+    if not found.n or math.isnan(found.value) or len(names) < 2:
+        return found
+    won = wins(np.asarray(positive, float), np.asarray(negative, float))
+    low, high = resampled_wins(won, np.ones_like(won), at[: len(won)], at[len(won) :])
+    return found if low == high else Value(found.value, low, high, found.n)
+
+
+def resampled_wins(won: np.ndarray, pairs: np.ndarray, high: np.ndarray | None = None, low: np.ndarray | None = None) -> tuple[float, float]:
+    """95% of the share of wins among pairs, [positive, negative] both, where clusters are resampled: `high` and `low` are the cluster of each
+    positive and negative, 0 and up; None resamples either side by itself.
+    """
+    if high is None or low is None:
+        a, b = _counts(won.shape[0], 0), _counts(won.shape[1], 1)
+    else:
+        drawn = _counts(int(max(high.max(), low.max())) + 1, 0)
+        a, b = drawn[:, high], drawn[:, low]
+    with np.errstate(invalid="ignore"):
+        return _percentiles(((a @ won) * b).sum(1) / ((a @ pairs) * b).sum(1))
 
 
 def tpr_at_fpr(positive: Numbers, negative: Numbers, fpr: float) -> Value:
@@ -190,8 +216,8 @@ def paired_auroc(first: Numbers, second: Numbers, positive: Sequence[bool] | np.
     value = float(over.mean())
     variance = (over.var(ddof=1) / m if m > 1 else math.nan) + (under.var(ddof=1) / n if n > 1 else math.nan)
     p = 1.0 if value == 0 else math.erfc(abs(value) / math.sqrt(2 * variance)) if variance > 1e-18 else math.nan
-    wins = _wins(a[y], a[~y]) - _wins(b[y], b[~y])
-    bounds = _percentiles(((_counts(m, 0) @ wins) * _counts(n, 1)).sum(1) / (m * n))
+    won = wins(a[y], a[~y]) - wins(b[y], b[~y])
+    bounds = _percentiles(((_counts(m, 0) @ won) * _counts(n, 1)).sum(1) / (m * n))
     if bounds[0] == bounds[1]:  # no resample differs: as unsure as a rate of 0 over the smaller side
         margin = wilson(0, min(m, n)).high
         bounds = (max(-1.0, value - margin), min(1.0, value + margin))
@@ -242,12 +268,21 @@ def at_fpr(negative: Numbers, fpr: float) -> float:
     return float(low[int(math.floor(fpr * len(low)))])
 
 
-def pearson(x: Numbers, y: Numbers) -> Value:
-    """Pearson's r with Fisher's z interval; NaN under four points or without spread."""
+def pearson(x: Numbers, y: Numbers, of: Sequence[str] | None = None) -> Value:
+    """Pearson's r with Fisher's z interval; NaN under four points or without spread. Where points belong to prompts (`of`, [point]), these are
+    resampled, and n is their number.
+    """
     x, y = np.asarray(x, float), np.asarray(y, float)
     if len(x) < 4 or x.std() == 0 or y.std() == 0:
-        return Value(math.nan, math.nan, math.nan, len(x))
+        return Value(math.nan, math.nan, math.nan, len(x) if of is None else len(set(of)))
     r = float(np.corrcoef(x, y)[0, 1])
+    if of is not None:
+        names, at = np.unique(of, return_inverse=True)
+        sums = [np.bincount(at, v) for v in (np.ones_like(x), x, y, x * x, y * y, x * y)]
+        n, sx, sy, sxx, syy, sxy = (_counts(len(names), 0).astype(float) @ s for s in sums)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn = (sxy / n - sx * sy / n**2) / np.sqrt((sxx / n - (sx / n) ** 2) * (syy / n - (sy / n) ** 2))
+        return Value(r, *_percentiles(drawn), len(names))
     z, half = math.atanh(max(min(r, 1 - 1e-12), -1 + 1e-12)), Z95 / math.sqrt(len(x) - 3)
     return Value(r, math.tanh(z - half), math.tanh(z + half), len(x))
 
@@ -271,7 +306,7 @@ def split_half(rows: np.ndarray, compare: Callable[[np.ndarray, np.ndarray], flo
     return float(np.mean(found))
 
 
-def _wins(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+def wins(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """1 where a positive scores above a negative, 0.5 where alike, [positive, negative]."""
     return (high[:, None] > low).astype(np.float32) + np.float32(0.5) * (high[:, None] == low)
 

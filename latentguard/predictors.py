@@ -20,7 +20,7 @@ from latentguard.detectors import Centroids
 from latentguard.directions import Activations
 from latentguard.guards.calibration import calibration_error, platt
 from latentguard.guards.probes import fit_probe
-from latentguard.metrics import DRAWS, Value, auroc, mean, rate
+from latentguard.metrics import Value, auroc, mean, rate, resampled_wins, wins
 from latentguard.prompts import Prompt, digest
 
 Row = dict[str, Any]
@@ -299,27 +299,9 @@ def in_parts(scores: np.ndarray, positive: Mask, parts: np.ndarray, less: np.nda
     told = ("low_by_part", "high_by_part", "within_part", "within_part_low", "within_part_high")
     if not same.any():
         return dict.fromkeys(told, float("nan"))
-    wins = _wins(scores, high, low) - (0 if less is None else _wins(less, high, low))
-    generator = np.random.default_rng(0)
-    drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)
-    by_part = _resampled(wins, np.ones_like(wins), drawn[:, at[high]], drawn[:, at[low]])
-    drawn = [generator.multinomial(len(side), np.full(len(side), 1 / len(side)), DRAWS) for side in (high, low)]
-    inside = _resampled(wins * same, same, *drawn)
-    return dict(zip(told, (*by_part, float((wins * same).sum() / same.sum()), *inside), strict=True))
-
-
-def _wins(scores: np.ndarray, high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """1 where a refused prompt is above an accepted one, 0.5 where alike, [refused, accepted]."""
-    return (scores[high][:, None] > scores[low]).astype(np.float32) + np.float32(0.5) * (scores[high][:, None] == scores[low])
-
-
-def _resampled(wins: np.ndarray, pairs: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """95% of the shares of wins among pairs, with weights [draw, refused] and [draw, accepted]."""
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        shares = ((a @ wins) * b).sum(1) / ((a @ pairs) * b).sum(1)
-    found = np.nanpercentile(shares, [2.5, 97.5])
-    return float(found[0]), float(found[1])
+    won = wins(scores[high], scores[low]) - (0 if less is None else wins(less[high], less[low]))
+    by_part, inside = resampled_wins(won, np.ones_like(won), at[high], at[low]), resampled_wins(won * same, same)
+    return dict(zip(told, (*by_part, float((won * same).sum() / same.sum()), *inside), strict=True))
 
 
 def _logit(p: Any) -> Any:

@@ -11,13 +11,13 @@ from pydantic import ValidationError
 
 from latentguard.datasets import load_dataset
 from latentguard.errors import InputError
-from latentguard.experiments.stress_guard import StressGuard, _auroc_by
+from latentguard.experiments.stress_guard import StressGuard
 from latentguard.guards.calibration import platt
 from latentguard.guards.drift import Reference
 from latentguard.guards.guard import LatentGuard, promised
 from latentguard.guards.probes import fit_probe
 from latentguard.judges import Phrases
-from latentguard.metrics import auroc
+from latentguard.metrics import auroc, clustered_auroc
 from latentguard.trackers import Memory
 from latentguard.tuning import Lora
 from tests.headlines import tells_its_headline
@@ -240,7 +240,7 @@ def test_prompts_of_one_frame_do_not_count_as_independent():
     frames = np.repeat(np.arange(4), 50)
     scores, harmful = (frames == 0) * 1.0, np.tile([True, False], 100)
     high = np.where(harmful, scores, 0.5)
-    told, naive = _auroc_by(high, harmful, frames), auroc(high[harmful], high[~harmful])
+    told, naive = clustered_auroc(high[harmful], high[~harmful], frames[harmful], frames[~harmful]), auroc(high[harmful], high[~harmful])
     assert told.value == naive.value and told.high - told.low > 2 * (naive.high - naive.low)
 
 

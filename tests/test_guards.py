@@ -124,6 +124,16 @@ def test_calibrated_scores_come_true_on_fresh_draws_and_keep_the_order(make):
     assert calibration_error(p**3, truth).value > 0.1  # the measure sees a wrong one
 
 
+def test_calibration_error_does_not_feel_the_order_of_prompts_with_one_probability():
+    generator = np.random.default_rng(3)
+    y = generator.random(600) < 0.3
+    p = np.where(np.arange(600) % 2, 0.2, 0.4)
+    gap = (abs(p[p < 0.3].mean() - y[p < 0.3].mean()) + abs(0.4 - y[p > 0.3].mean())) / 2
+    for _ in range(3):
+        order = generator.permutation(600)
+        assert calibration_error(p[order], y[order]).value == pytest.approx(gap)
+
+
 def test_platt_finds_the_curve_that_made_the_labels():
     generator = np.random.default_rng(0)
     raw = generator.normal(size=20000) * 5 + 40

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from latentguard.metrics import auroc, base_rate_gate, clustered_rate, log_odds, mean, paired_difference, pearson, rate, split_half, tpr_at_fpr, wilson
+from latentguard.metrics import auroc, base_rate_gate, clustered_auroc, clustered_rate, log_odds, mean, paired_difference, pearson, rate, split_half, tpr_at_fpr, wilson
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (11, 12, 0.6461, 0.9851), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])
@@ -154,3 +154,25 @@ def test_split_half_is_one_for_what_is_alike_and_nought_for_noise():
     seen = []
     split_half(np.arange(11)[:, None], lambda a, b: seen.append({*a.ravel()} & {*b.ravel()}) or float(len(a) + len(b)))
     assert len(seen) == 20 and not any(seen), "the halves share no row"
+
+
+def test_r_of_points_that_belong_to_prompts_resamples_the_prompts():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(2, 40))
+    once, thrice = pearson(x, y, of=list(map(str, range(40)))), pearson(np.repeat(x, 3), np.repeat(y, 3), of=[str(k // 3) for k in range(120)])
+    assert once.value == pytest.approx(thrice.value) and (once.low, once.high) == pytest.approx((thrice.low, thrice.high)), "a point told thrice is one"
+    drawn = generator.integers(0, 40, (2000, 40))
+    low, high = np.percentile([np.corrcoef(x[at], y[at])[0, 1] for at in drawn], [2.5, 97.5])
+    assert once.n == thrice.n == 40 and (once.low, once.high) == pytest.approx((low, high), abs=0.05)
+    assert pearson(np.repeat(x, 3), np.repeat(y, 3)).high < thrice.high
+
+
+def test_clusters_are_resampled_as_wholes():
+    generator = np.random.default_rng(1)
+    high, low = generator.normal(0.5, 1, 12), generator.normal(0, 1, 15)
+    alone = clustered_auroc(high, low, [f"h{k}" for k in range(12)], [f"l{k}" for k in range(15)])
+    often = clustered_auroc(np.repeat(high, 4), np.repeat(low, 4), [f"h{k // 4}" for k in range(48)], [f"l{k // 4}" for k in range(60)])
+    assert alone.value == pytest.approx(often.value) and (alone.low, alone.high) == pytest.approx((often.low, often.high)), "a score told four times is one"
+    assert auroc(np.repeat(high, 4), np.repeat(low, 4)).low > often.low
+    one = clustered_auroc(high, low, [0] * 12, [0] * 15)
+    assert (one.low, one.high) == (auroc(high, low).low, auroc(high, low).high), "one cluster says nothing of others"

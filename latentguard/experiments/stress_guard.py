@@ -27,7 +27,7 @@ from latentguard.guards.search import Search, candidates_of
 from latentguard.guards.tallies import named
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge
-from latentguard.metrics import DRAWS, MIN_COUNT, Rate, Value, as_text, auroc, clustered_rate, mean, paired_auroc, paired_difference, rate
+from latentguard.metrics import MIN_COUNT, Rate, as_text, auroc, clustered_auroc, clustered_rate, mean, paired_auroc, paired_difference, rate
 from latentguard.perturbations import AS_IS, FAMILIES, Perturbation, bare, frame_of, in_context, in_frame, in_turn, perturbations, unchanged
 from latentguard.plots import stress as plots
 from latentguard.prompts import Prompt, set_terminal
@@ -295,7 +295,7 @@ class _Measure:
         x, before = np.array([score for _, score, *_ in ordered]), np.array([then for _, _, then, _ in ordered])
         y = np.arange(len(ordered)) < len(by["harmful"])
         clusters = np.array([case.frames.get(p.id, -1) for p, *_ in ordered])
-        found = _auroc_by(x, y, clusters) if case.frames else auroc(x[y], x[~y])
+        found = clustered_auroc(x[y], x[~y], clusters[y], clusters[~y]) if case.frames else auroc(x[y], x[~y])
         line: Row = {"perturbation": case.what.name, "family": case.what.family, "control": case.control, "is": "AUROC", **found.as_dict()}
         line |= {"fitted_on": case.what.name in self.guard.about.get("forms", {})}
         changes: Row = {}
@@ -330,22 +330,6 @@ def _scored(guard: LatentGuard, prompts: Sequence[Prompt]) -> tuple[dict[str, fl
         except InputError as error:
             refused.append(" ".join(str(error).split())[:200])
     return found, refused
-
-
-def _auroc_by(scores: np.ndarray, positive: np.ndarray, clusters: np.ndarray) -> Value:
-    """AUROC with a bootstrap that resamples frames, not prompts: prompts of one frame do not count as independent."""
-    found = auroc(scores[positive], scores[~positive])
-    names, at = np.unique(clusters, return_inverse=True)
-    if not found.n or math.isnan(found.value) or len(names) < 2:
-        return found
-    high, low = scores[positive], scores[~positive]
-    wins = (high[:, None] > low) + 0.5 * (high[:, None] == low)
-    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)
-    a, b = drawn[:, at[positive]], drawn[:, at[~positive]]
-    with np.errstate(invalid="ignore"):
-        areas = ((a @ wins) * b).sum(1) / (a.sum(1) * b.sum(1))
-    bounds = np.nanpercentile(areas, [2.5, 97.5])
-    return found if bounds[0] == bounds[1] else Value(found.value, float(bounds[0]), float(bounds[1]), found.n)
 
 
 def _requests(data: Dataset, kind: str) -> dict[str, str]:

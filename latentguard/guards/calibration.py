@@ -213,5 +213,9 @@ def calibration_error(probabilities: Numbers, harmful: Sequence[bool] | np.ndarr
 
 
 def _ece(p: np.ndarray, y: np.ndarray, bins: int) -> float:
-    parts = np.array_split(np.argsort(p, kind="stable"), min(bins, len(p)))
-    return float(sum(abs(p[part].mean() - y[part].mean()) * len(part) for part in parts) / len(p))
+    """Bins of like size, equal probabilities in one of them: where ties were cut, the order of the prompts would decide."""
+    order = np.argsort(p, kind="stable")
+    first = np.searchsorted(p[order], p[order], "left")  # of each prompt's ties
+    which = np.minimum(first * bins // len(p), bins - 1)
+    gaps = np.bincount(which, p[order] - y[order], bins)
+    return float(np.abs(gaps).sum() / len(p))
