@@ -186,6 +186,20 @@ def test_near_duplicates_across_sources_are_dropped_and_within_one_stay_together
         assert len(set(groups)) == 20 and (kept == 20 or groups[:20] == groups[20:])
 
 
+def test_shuffled_controls_and_the_probe_of_a_position_can_be_counted_again(found):
+    summary, tracker = found
+    drawn = [r for r in tracker.all_rows if r["stage"] == "shuffled"]
+    for line in (r for r in summary["table"] if r.get("control")):
+        areas = [r["auroc"] for r in drawn if all(r[key] == line[key] for key in ("split", "control", "predictor"))]
+        assert areas and (line["value"], line["low"], line["high"]) == pytest.approx((np.mean(areas), min(areas), max(areas)))
+    for split in ("sources", "groups"):
+        own = [r for r in tracker.all_rows if r["stage"] == "forecast" and (r["split"], r["predictor"]) == (split, "probe at t_inst")]
+        assert {r["place"].partition(",")[0] for r in own} == {"t_inst"}
+        high, low = ([r["evidence"] for r in own if r["refused"] is side] for side in (True, False))
+        at = next(r for r in summary["table"] if r["is"] == "AUROC" and (r["split"], r["set"], r["predictor"]) == (split, "all", "probe at t_inst"))
+        assert at["value"] == pytest.approx(roc_auc_score([1] * len(high) + [0] * len(low), [*high, *low]), abs=1e-6)
+
+
 def clear(figure):
     """No text lies over another."""
     return not [(a.get_text(), b.get_text()) for (a, one), (b, other) in combinations(texts(figure), 2) if overlap(one, other) > 0.5]

@@ -197,10 +197,10 @@ class Forecast:
         found = _Found(prompts, refused, {name: of for name, of in parts.items() if not short[name]}, short, list(probes))
         for name, of in found.parts.items():
             found.add(name, crossed(candidates, refused, of, groups, self.folds), tracker)
-            found.table += self._shuffled(name, candidates, found, groups)
+            found.table += self._shuffled(name, candidates, found, groups, tracker)
         return "", found
 
-    def _shuffled(self, split: str, candidates: Mapping[str, Predictor], found: "_Found", groups: np.ndarray) -> list[Row]:
+    def _shuffled(self, split: str, candidates: Mapping[str, Predictor], found: "_Found", groups: np.ndarray, tracker: Tracker) -> list[Row]:
         """The control: verdicts dealt anew, over all prompts or within each source; what is left is what telling sources apart buys."""
         kinds = {"shuffled": np.zeros(len(groups)), "shuffled within sources": np.array([p.source for p in found.prompts])}
         place = Counter(found.forecasts[split]["probe"].chosen.values()).most_common(1)[0][0]
@@ -209,7 +209,7 @@ class Forecast:
         for kind, within in kinds.items():
             areas: dict[str, list[float]] = {name: [] for name in asked}
             generator = np.random.default_rng(self.seed)
-            for _ in range(self.shuffles):
+            for draw in range(self.shuffles):
                 mixed = found.refused.copy()
                 for one in dict.fromkeys(within):
                     mixed[within == one] = generator.permutation(mixed[within == one])
@@ -219,6 +219,7 @@ class Forecast:
                 for name, at in asked.items():
                     evidence = made.found[at].evidence
                     areas[name].append(auroc(evidence[mixed], evidence[~mixed]).value)
+                    tracker.rows([{"stage": "shuffled", "split": split, "control": kind, "draw": draw, "predictor": name, "auroc": areas[name][-1]}])
             spread = {name: (float(np.mean(x)), min(x), max(x)) for name, x in areas.items() if x}
             told = {"split": split, "set": "all", "is": "AUROC", "control": kind, "draws": self.shuffles, "n": len(groups)}
             rows += [{**told, "predictor": name, "value": at, "low": low, "high": high} for name, (at, low, high) in spread.items()]
@@ -262,6 +263,7 @@ class _Found:
         probes = [_place(*at) for at in self.places]
         single = ("majority", "label", "topic", "tfidf", "first_token", "delta_harmful", "delta_refuse")
         found = {name: made.best([name]) for name in single}
+        found |= {f"probe at {of}": made.best([_place(*at) for at in self.places if at[0] == of]) for of in dict.fromkeys(of for of, _ in self.places)}
         found |= {"probe": made.best(probes), "latent": made.best(["delta_harmful", "delta_refuse", *probes])}
         self.forecasts[split] = found
         parts, y = self.parts[split], self.refused
@@ -303,7 +305,7 @@ class _Found:
         """What each latent has more than the words, the label and the first token, on the same prompts."""
         y, told = self.refused[rows], []
         for name in LATENT:
-            for other in ("tfidf", "label", "first_token"):
+            for other in ("tfidf", "label", "first_token", *(["delta_harmful"] if name == "delta_refuse" else [])):
                 a, b = (found[one].evidence[rows] for one in (name, other))
                 gap = paired_auroc(a, b, y)
                 row: Row = {"predictor": name, "is": f"AUROC − that of {other}", **gap.as_dict(), "refused": int(y.sum()), "control": ""}
@@ -354,6 +356,7 @@ class _Found:
     def draw(self, model: str, tracker: Tracker) -> None:
         """Two figures: by predictor and split, and by layer."""
         shown = [row for row in self.table if row["is"] == "AUROC" and row["set"] in ("all", *WITHIN) and np.isfinite(row["value"])]
+        shown = [row for row in shown if row["predictor"] != "probe" or row["control"]]  # but for the controls it is among the latents
         shown = [{**(_within(row) if row["set"] in WITHIN else row), "name": called(row)} for row in shown]
         tracker.figure("predict_refusal", areas_by_predictor(shown, title=f"{model}: will it refuse?"), shown)
         words = [self.row(split, "all", "tfidf") for split in self.parts]

@@ -38,7 +38,7 @@ PREDICTORS = {
     "delta_harmful": "Δ harmful (t_inst)",
     "delta_refuse": "Δ refuse (t_post_inst)",
     "probe": "logistic probe, layer chosen",
-    "latent": "the best latent, chosen",
+    "latent": "latents, position and layer chosen",
 }
 _SETS = {"all": "all prompts", "harmful": "among harmful ones", "not harmful": "among harmless and look-alikes"}
 _SPLITS = {"sources": ("#D55E00", "o", "on sources never seen"), "groups": ("#0072B2", "s", "on groups never seen")}
@@ -159,6 +159,8 @@ def method(row: Mapping[str, Any]) -> str:
 
 def _rank(name: str) -> tuple[int, str]:
     known = list(PREDICTORS.values())
+    if name.startswith("probe at "):
+        return known.index(PREDICTORS["probe"]), name
     return (known.index(name), "") if name in known else (len(known), name.partition("shuffled")[2] + name)
 
 
