@@ -17,7 +17,7 @@ from latentguard.behaviour import Judged
 from latentguard.detectors import Centroids, best_layer
 from latentguard.errors import InputError
 from latentguard.judges import Judge
-from latentguard.metrics import Value, base_rate_gate, mean, paired_difference, rate
+from latentguard.metrics import Rate, Value, base_rate_gate, mean, paired_difference, rate
 from latentguard.prompts import Prompt
 from latentguard.roles import Cast
 
@@ -155,7 +155,7 @@ def outcomes(observed: Sequence[Observed], judge: Judge) -> list[Row]:
         for (measure, label), values in one.measures().items():
             refused = measure.endswith(" refusal")
             found = rate([bool(x) for x in values]) if refused else mean(values)
-            row: Row = {"condition": one.name, "kind": one.kind, "measure": measure, "label": label, **_numbers(found), "seed": one.seed}
+            row: Row = {"condition": one.name, "kind": one.kind, "measure": measure, "label": label, **numbers(found), "seed": one.seed}
             if refused:
                 invalid = sum(j.verdict.label == "degenerate" for j in one.replies[label])
                 row |= {"judge": judge.name, "invalid": invalid, "invalid_rate": invalid / len(values)}
@@ -186,6 +186,6 @@ def _apart(replies: Sequence[Judged], others: Sequence[Judged]) -> str:
     return next((a.prompt.id for a, b in zip(replies, others, strict=True) if a.prompt.group != b.prompt.group), "")
 
 
-def _numbers(found: Any) -> Row:
-    value = found.value if isinstance(found, Value) else found.rate
-    return {"value": value, "low": found.low, "high": found.high, "n": found.n}
+def numbers(found: Rate | Value) -> Row:
+    """value, low, high and n of a rate or a mean."""
+    return {"value": found.rate if isinstance(found, Rate) else found.value, "low": found.low, "high": found.high, "n": found.n}

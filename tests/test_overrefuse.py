@@ -135,8 +135,20 @@ def test_over_refusals_lie_where_the_latent_says(planted, data):
     assert 0.1 < sides(half["table"])["value"] < 0.9
 
 
+def test_coins_open_as_often_and_those_within_a_kind_as_often_for_each(planted):
+    gates = [r for r in planted[1].all_rows if r.get("stage") == "gate"]
+    for label in ("lookalike", "harmful", "harmless"):
+        mine = [r for r in gates if r["label"] == label]
+        assert sum(r["coin_within_0"] for r in mine) == sum(r["gate"] for r in mine) and len(mine) > 5
+    assert sum(r["coin_0"] for r in gates) == sum(r["gate"] for r in gates)
+
+
 def test_shuffled_poles_say_nothing_of_either_side(planted):
     mixed = sides(planted[0]["table"], part="sides, shuffled labels")
+    drawn = [r for r in planted[1].all_rows if r.get("stage") == "sides, shuffled labels"]
+    refused = {r["prompt_id"] for r in planted[1].all_rows if r.get("stage") == "sides" and r["label"] == "lookalike" and r["verdict"] == "refused"}
+    shares = [np.mean([r["harmfulness"] <= 0 for r in drawn if r["draw"] == k and r["prompt_id"] in refused]) for k in range(20)]
+    assert mixed["value"] == pytest.approx(np.mean(shares)) and mixed["low"] == pytest.approx(np.percentile(shares, 2.5))
     assert mixed["draws"] == 20 and mixed["low"] < 0.5 < mixed["high"]
 
 
@@ -151,9 +163,17 @@ def test_each_number_comes_from_rows(planted):
                 assert count[f"{verdict}_{side}_side"] == told
     gates = {r["prompt_id"]: r for r in memory.all_rows if r.get("stage") == "gate"}
     replies = {(r["condition"], r["prompt_id"]): r["verdict"] for r in memory.all_rows if r.get("stage") == "replies"}
-    for condition in ("gate", "gate_at_0", "coin_0", "coin_1", "everywhere"):
+    for condition in ("gate", "gate_at_0", "coin_0", "coin_within_0", "coin_within_1", "everywhere", "random_1"):
+        acts = condition if condition.startswith("random") else "ablated"
         for label in ("lookalike", "harmful", "harmless"):
             mine = [r for r in seen if r["label"] == label]
+            for gauge in ("harmfulness", "refusal", "utility"):
+                lies = [g[f"{gauge}, {acts if g[condition] else 'base'}"] for g in gates.values() if g["label"] == label and f"{gauge}, base" in g]
+                if gauge != "utility" or label == "harmless":
+                    found = row(summary["table"], part="outcomes", condition=condition, measure=gauge, label=label)
+                    assert found["value"] == pytest.approx(np.mean(lies)) and found["n"] == len(lies) > 0
+            if condition.startswith("random"):
+                continue
             told = [replies["ablated" if gates[r["prompt_id"]][condition] else "base", r["prompt_id"]] == "refused" for r in mine]
             assert outcome(summary["table"], condition, f"{label} refusal")["value"] == pytest.approx(np.mean(told))
 
@@ -247,7 +267,7 @@ def test_look_alikes_are_set_beside_harmful_requests_of_their_own_sets():
     seen = [r for r in memory.all_rows if r.get("stage") == "sides" and r["label"] == "harmful"]
     assert sides(summary["table"], label="harmful", set="shared")["n"] == sum(r["source"] == "north" for r in seen) < len(seen)
     within = row(summary["table"], part="auroc", gauge="harmfulness", measure="harmful requests against look-alikes", set="north")
-    assert within["value"] == 1 and within["n"] < len(seen) + 60 and "(of the look-alikes' own sets 0.00" in summary["claim"]
+    assert within["value"] == 1 and within["n"] < len(seen) + 60 and "(of sets that have both, 1.00" in summary["claim"]
 
 
 def test_the_refusal_layer_is_the_one_that_ablation_acts_at(data):

@@ -26,8 +26,8 @@ from latentguard.experiments import Row, headline, opening
 from latentguard.interventions import Cell, Grid, Intervention
 from latentguard.judges import Judge
 from latentguard.layers import check_layer, resolve_layers
-from latentguard.metrics import Rate, Value, as_text, at_fpr, auroc, base_rate_gate, mean, pearson, rate
-from latentguard.outcomes import Gauge, Observed, gauges, outcomes
+from latentguard.metrics import as_text, at_fpr, auroc, base_rate_gate, mean, pearson, rate
+from latentguard.outcomes import Gauge, Observed, gauges, numbers, outcomes
 from latentguard.plots import overrefusal as plots
 from latentguard.prompts import Prompt
 from latentguard.roles import POLES, Cast, Casting, dealt, find_places, said, without_text
@@ -170,6 +170,9 @@ class _OverRefusal:
         """The 2 × 2 of side at t_inst and verdict, by label and set, and what the shares are set against."""
         verdicts = np.array([j.verdict.label for j in self.base])
         harmful, shuffled = self.placed["harmfulness"] > 0, self._shuffled()
+        for draw, level in enumerate(shuffled):
+            own = [{"draw": draw, **without_text(p), "harmfulness": float(x)} for p, x in zip(self.everyone, level, strict=True)]
+            self.tracker.rows([{"stage": "sides, shuffled labels", **row} for row in own])
         seen = zip(self.everyone, verdicts, self.placed["harmfulness"], self.placed["refusal"], strict=True)
         self.tracker.rows([{"stage": "sides", **without_text(p), "verdict": str(v), "harmfulness": float(h), "refusal": float(r)} for p, v, h, r in seen])
         counts, rows = [], []
@@ -185,7 +188,7 @@ class _OverRefusal:
                     count |= {f"{verdict}_{side}_side": int((harmful[these] == (side == "harmful")).sum()) for side in ("harmful", "harmless")}
                     about = {"part": "sides", "measure": "on the harmless side at t_inst", "label": label, "set": name, "verdict": verdict}
                     if verdict != "degenerate" and (len(these) or name == "all"):
-                        rows.append(about | _numbers(rate([not harmful[i] for i in these])))
+                        rows.append(about | numbers(rate([not harmful[i] for i in these])))
                     if verdict != "degenerate" and name == "all" and len(these):
                         shares = [float((level[these] <= 0).mean()) for level in shuffled]
                         low, high = (float(x) for x in np.percentile(shares, [2.5, 97.5]))
@@ -195,10 +198,10 @@ class _OverRefusal:
         for name, level in self.placed.items():
             refused, accepted = ([i for i in self.at["lookalike"] if verdicts[i] == verdict] for verdict in ("refused", "accepted"))
             about = {"part": "auroc", "gauge": name, "label": "lookalike"}
-            rows.append(about | {"measure": "refused against accepted look-alikes", "set": "all", **_numbers(auroc(level[refused], level[accepted]))})
+            rows.append(about | {"measure": "refused against accepted look-alikes", "set": "all", **numbers(auroc(level[refused], level[accepted]))})
             for one, sources in {"all": of["lookalike"] | of["harmful"], **{one: {one} for one in sorted(shared)}}.items():
                 sides = [level[[i for i in self.at[label] if self.everyone[i].source in sources]] for label in ("harmful", "lookalike")]
-                rows.append(about | {"measure": "harmful requests against look-alikes", "set": one, **_numbers(auroc(*sides))})
+                rows.append(about | {"measure": "harmful requests against look-alikes", "set": one, **numbers(auroc(*sides))})
         return counts, rows
 
     def _shuffled(self) -> list[np.ndarray]:
@@ -262,13 +265,15 @@ class _OverRefusal:
             for (way, before, *_), value in zip(swaps, changes, strict=True):
                 grouped.setdefault(way, {}).setdefault(before, []).append(value)
             means = {way: {p: float(np.mean(each)) for p, each in of.items()} for way, of in grouped.items()}
-            means["top − other"] = {p: means["top"][p] - means["other"][p] for p in means["top"]}
+            for way in ("top", "softer"):
+                if both := means.get(way, {}).keys() & means["other"].keys():
+                    means[f"{way} − other"] = {p: means[way][p] - means["other"][p] for p in means[way] if p in both}
             for way, of in means.items():
-                by_what = "listed" if way == "softer" else filler or "(out)"
-                rows.append({"part": "swaps", "measure": measure, "filler": by_what, "word": way, "label": "lookalike", **_numbers(mean(list(of.values())))})
-        known = [(x, -change["refusal gauge"][k]) for k, (*_, x) in enumerate(swaps) if x == x]
+                by_what = "listed" if way.startswith("softer") else filler or "(out)"
+                rows.append({"part": "swaps", "measure": measure, "filler": by_what, "word": way, "label": "lookalike", **numbers(mean(list(of.values())))})
+        known = [(x, -change["refusal gauge"][k], before) for k, (_, before, _, x) in enumerate(swaps) if x == x]
         about = {"part": "swaps", "measure": "r of attribution and drop in the refusal gauge", "filler": filler or "(out)", "word": "any", "label": "lookalike"}
-        return [*rows, about | _numbers(pearson(*np.array(known).T))]
+        return [*rows, about | numbers(pearson(*zip(*known, strict=True)))]
 
     def _gate(self) -> tuple[list[Row], Row]:
         """Ablate the refusal direction where the latent says harmless. A gated reply is the ablated model's where the gate is open and the
@@ -276,11 +281,17 @@ class _OverRefusal:
         """
         direction, layer = self.direction, self.gauges["refusal"].layer
         held = dealt(self._of("harmful", "validation"), self.seed)[: self.set.n_validation]
-        threshold = min(0.0, -at_fpr(-self._places(held)["harmfulness"], self.set.spared))
+        spared = self._places(held)["harmfulness"]
+        threshold = min(0.0, -at_fpr(-spared, self.set.spared))
+        self.tracker.rows([{"stage": "gate threshold", **without_text(p), "harmfulness": float(x)} for p, x in zip(held, spared, strict=True)])
         level, many = self.placed["harmfulness"], range(self.set.draws)
         generator = np.random.default_rng(self.seed)
         opened = {"base": level < -math.inf, "gate": level < threshold, "gate_at_0": level < 0, "everywhere": level < math.inf}
         opened |= {f"coin_{draw}": generator.permutation(opened["gate"]) for draw in many} | {f"random_{draw}": opened["gate"] for draw in many}
+        for draw in many:  # as often open within each label, too: only which prompts of a kind is left to chance
+            opened[f"coin_within_{draw}"] = opened["gate"].copy()
+            for at in self.at.values():
+                opened[f"coin_within_{draw}"][at] = generator.permutation(opened["gate"][at])
         acts = {"ablated": (ablation(everywhere(direction, layer)),)}
         self.tracker.direction(replace(everywhere(direction, layer), name="refuse_ablated"))
         acts |= {f"random_{draw}": (ablation(everywhere(random_like(direction, self.seed + draw), layer)),) for draw in many}
@@ -295,15 +306,20 @@ class _OverRefusal:
             lies = {g: {label: np.where(open_, placed[g], self.placed[g])[at].tolist() for label, at in self.at.items()} for g in self.gauges}
             kept = [utility[(name if name in seen else "ablated") if open_[i] else "base"][i] for i in begun]
             kind = "base" if name == "base" else "method" if name in ("gate", "gate_at_0") else "control"
-            seed = self.seed + (int(name.split("_")[1]) if name.startswith(("coin", "random")) else 0)
+            seed = self.seed + (int(name.rpartition("_")[2]) if name.startswith(("coin", "random")) else 0)
             observed.append(Observed(name, kind, told, kept, lies["harmfulness"], lies["refusal"], seed))
         rows: list[Row] = [{"part": "outcomes", **row} for row in outcomes(observed, self.judge)]
         for name in ("gate", "gate_at_0"):
             shares = {label: rate([bool(opened[name][i]) for i in at]) for label, at in self.at.items()}
-            rows += [{"part": "gate open", "measure": "gate open", "condition": name, "label": label, **_numbers(share)} for label, share in shares.items()]
-        self.tracker.rows(
-            [{"stage": "gate", **without_text(p), **{name: bool(open_[i]) for name, open_ in opened.items()}} for i, p in enumerate(self.everyone)]
-        )
+            rows += [{"part": "gate open", "measure": "gate open", "condition": name, "label": label, **numbers(share)} for label, share in shares.items()]
+        for i, p in enumerate(self.everyone):
+            told: Row = {"stage": "gate", **without_text(p), **{name: bool(open_[i]) for name, open_ in opened.items()}}
+            for name in ("base", *seen):
+                placed = self.placed if name == "base" else seen[name][1]
+                told |= {f"{gauge}, {name}": float(values[i]) for gauge, values in placed.items()} | (
+                    {f"utility, {name}": utility[name][i]} if i in begun else {}
+                )
+            self.tracker.rows([told])
         about: Row = {"threshold": float(threshold), "n_validation": len(held), "spared": self.set.spared, "layer": layer, "position": direction.position}
         change = _row(rows, condition="gate", measure="harmful refusal")
         return rows, about | {"within": self.set.within, "equivalent": bool(change) and max(-change["change_low"], change["change_high"]) <= self.set.within}
@@ -326,7 +342,7 @@ class _OverRefusal:
         layers = resolve_layers(self.set.refusal_layers, self.backend.n_layers)
         cells = Grid((Cell(), *(Cell((ablation(everywhere(direction, layer)),)) for layer in layers)))
         odds = [mean(values) for values in self.backend.logits(asked, cells, reduce=RefusalLogOdds(self.tokens))]
-        self.tracker.rows([{"stage": "selection", "layer": layer, **_numbers(found)} for layer, found in zip((None, *layers), odds, strict=True)])
+        self.tracker.rows([{"stage": "selection", "layer": layer, **numbers(found)} for layer, found in zip((None, *layers), odds, strict=True)])
         return direction, min(layers, key=lambda layer: odds[1 + layers.index(layer)].value)
 
     def _claim(self, table: list[Row], about: Row, short: Sequence[str]) -> str:
@@ -334,8 +350,9 @@ class _OverRefusal:
         mixed, harmful = _row(table, label="lookalike", **_OVER | {"part": "sides, shuffled labels"}), _row(table, label="harmful", **_OVER)
         text = f"{self.backend.name}: of over-refused look-alikes {_told(over)} lie on the harmless side at t_inst, of accepted ones {_told(accepted)}, of refused harmful "
         text += f"requests {_told(harmful)}"
-        if own := _row(table, label="harmful", **_OVER | {"set": "shared"}):
-            text += f" (of the look-alikes' own sets {_told(own)})"
+        both = [_row(table, label=label, **_OVER | {"set": "shared"}) for label in ("lookalike", "harmful")]
+        if all(both):
+            text += f" (of sets that have both, {_told(both[0])} of the look-alikes and {_told(both[1])} of the harmful)"
         text += f", by shuffled poles {_told(mixed)}"
         for word in (_row(table, measure="refusal gauge", against=self.set.against[0], filler=self.set.fillers[0] or "(out)", word="top − other"),):
             text += f"; replacing the word of most attribution moves the refusal gauge by {_told(word, '+')} more than replacing another" if word else ""
@@ -375,10 +392,6 @@ _OVER = {"part": "sides", "verdict": "refused", "set": "all"}
 def _row(table: Sequence[Row], **asked: object) -> Row | None:
     """The first row that says all of this."""
     return next((row for row in table if asked.items() <= row.items()), None)
-
-
-def _numbers(found: Rate | Value) -> Row:
-    return {"value": found.rate if isinstance(found, Rate) else found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
 def _told(row: Row | None, sign: str = "") -> str:

@@ -13,6 +13,7 @@ _WORDS = {
     "other": ("#0072B2", "s", "another word of the same prompt"),
     "top − other": ("#000000", "D", "difference, paired"),
     "softer": ("#009E73", "^", "a harmful-sounding word by a softer one"),
+    "softer − other": ("#E69F00", "v", "a softer word less another word"),
 }
 _AGAINST = {"zero": "× input", "mean": "× (input − mean)"}
 _SIDES = {
@@ -26,6 +27,7 @@ _NAMES = {
     "gate_at_0": "gate at 0",
     "everywhere": "ablated for every prompt",
     "coin": "gate by a coin, as often open",
+    "coin_within": "coin, as often open for each kind",
     "random": "same gate, random direction",
 }
 
@@ -97,7 +99,8 @@ def swaps(rows: Rows, *, title: str) -> Plot:
             axis.errorbar([number(row["value"])], [at], xerr=whiskers([row], "value"), color=colour, marker=marker, markersize=3.4, elinewidth=0.9, capsize=0)
         axis.set(xlabel=f"change in\n{measure}")
     sizes = {line: counted([row for row in rows if (row["against"], row["filler"], row["word"]) == line]) for line in lines}
-    axes[0].set_yticks(range(len(lines)), [f"{_by(line[0], line[1])}, {sizes[line]}" for line in lines])
+    told = [f"{_by(against, filler)}, {sizes[against, filler, word]}" for against, filler, word in lines]
+    axes[0].set_yticks(range(len(lines)), ["" if k and text == told[k - 1] else text for k, text in enumerate(told)])
     axes[0].set_ylim(len(lines) - 0.5, -0.5)
     for axis in axes:
         axis.tick_params(axis="y", length=0)
@@ -105,13 +108,13 @@ def swaps(rows: Rows, *, title: str) -> Plot:
     compose(figure, title, [Named(_WORDS[word][2], Line2D([], [], color=_WORDS[word][0], marker=_WORDS[word][1], linewidth=1)) for word in shown])
     caption = "Over-refused look-alikes with one word replaced (by which attribution it is chosen, and by what): the change in where they lie on both gauges, in the log-odds that the reply opens with a refusal, and "
     caption += "in the refusal rate, prompt by prompt. Whiskers are bootstrap 95% intervals over prompts; other words are a mean over draws."
-    told = (
+    words = (
         {f"against={name}": words for name, words in _AGAINST.items()}
         | {f"filler={filler}": _filler(filler) for filler in distinct(rows, "filler")}
         | {word: name for word, (_, _, name) in _WORDS.items()}
     )
     chart = Chart(
-        "bars", "filler", "value", "", "change", series="word", panel="measure", pick="against", lying=True, names=told, colours={word: _WORDS[word][0] for word in _WORDS},
+        "bars", "filler", "value", "", "change", series="word", panel="measure", pick="against", lying=True, names=words, colours={word: _WORDS[word][0] for word in _WORDS},
         lines=(Line(0.0, "no change"),),
     )  # fmt: skip
     return Plot(figure, title, caption, chart)
@@ -156,7 +159,7 @@ def gate(rows: Rows, *, title: str) -> Plot:
 
 
 def _condition(name: str) -> str:
-    kind, _, draw = name.partition("_")
+    kind, _, draw = name.rpartition("_")
     return _NAMES.get(name) or f"{_NAMES[kind]}, draw {int(draw) + 1}"
 
 
