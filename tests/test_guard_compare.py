@@ -463,6 +463,9 @@ def test_figures_can_be_read(sets, models):
 def test_numbers_by_language_where_a_set_has_more_than_one(folder, data, compared):
     spoken = [{**row, "language": "de" if i % 3 else "fr"} for i, row in enumerate([*far("harmful", 36, "s"), *far("harmless", 36, "s")])]
     write(folder / "spoken.jsonl", spoken)
+    pooled, _ = run(data, elsewhere=(str(folder / "spoken.jsonl"), str(folder / "alike.jsonl")), scorers=("length",), n_asked=0)
+    told = {line["set"] for line in pooled["table"] if " in " in line["set"]}
+    assert told == {"spoken in de", "spoken in fr", "elsewhere, pooled in a language not said"} and "guard_compare_languages" in pooled["figures"]
     summary, tracker = run(data, elsewhere=(str(folder / "spoken.jsonl"),))
     rows = [one for one in tracker.all_rows if one["stage"] == "guard_compare" and one["detector"] == "latent_guard_paper" and one["split"] == "elsewhere"]
     for language, n in (("de", 48), ("fr", 24)):

@@ -240,8 +240,14 @@ class CompareGuards:
         summary["headline"] = headline(f"AUROC of Latent Guard on {where}", at[GUARD], "higher", withheld=bool(thin))
         summary["claim"] = _claim(summary["model"], table, at, found, main, other, bool(thin))
         shown = [{**row, "of": _of(row)} for row in table if row["is"] == "AUROC" and not row["set"].startswith("test: ")]
-        tracker.figure("guard_compare", areas_by_set(shown, title=f"{summary['model']}: harmful against harmless, by set and detector"), shown)
+        spoken = [row for row in shown if row["set"] not in (*held.sets, AWAY, HOME)]
+        tells = "harmful against harmless, by set and detector"
+        shown = [row for row in shown if row not in spoken]
+        tracker.figure("guard_compare", areas_by_set(shown, title=f"{summary['model']}: {tells}"), shown)
         summary["figures"] = ["guard_compare"]
+        if spoken:
+            tracker.figure("guard_compare_languages", areas_by_set(spoken, title=f"{summary['model']}: {tells.replace('set', 'language')}"), spoken)
+            summary["figures"].append("guard_compare_languages")
         if ends := curve(sets[main], held, found):
             name = "on sets never seen" if main == AWAY else "on the test split"
             tracker.figure("guard_compare_roc", low_false_alarms(ends, title=f"{summary['model']}: recall at few false alarms, {name}"), ends)

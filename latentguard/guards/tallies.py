@@ -85,9 +85,11 @@ class Held:
         own |= {HOME: home} | ({name: away & (self.sets == name) for name in named} if len(named) > 1 else {})
         sources = list(dict.fromkeys(map(str, self.sets[home])))
         own |= {f"test: {name}": home & (self.sets == name) for name in sources} if len(sources) > 1 else {}
-        own |= {
-            f"{name} in {language or 'a language not said'}": mask & self._in(language) for name, mask in list(own.items()) for language in self._spoken(mask)
-        }
+        spoken = {(name, one): mask & self._in(one) for name, mask in own.items() for one in self._spoken(mask)}
+        for (name, one), mask in spoken.items():
+            same = (of for (of, _), other in spoken.items() if of != name and (other == mask).all())
+            if name not in (AWAY, HOME) or not any(same):  # a pool of which one set alone speaks the language is that set
+                own[f"{name} in {one or 'a language not said'}"] = mask
         return {name: self._part(mask, name, away & self.first, home) for name, mask in own.items()}
 
     def _spoken(self, own: np.ndarray) -> list[str]:

@@ -9,7 +9,7 @@ from latentguard.plots.style import Rows, figure_of, plain
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C3B00", "#7F7F7F")
 _MARKERS = "osD^vPX*"  # another number than of colours, so that both together repeat late
-_MOST = 24  # rows of one panel: more cannot be read
+_MOST = 24  # names in one panel: more cannot be read
 
 
 def forest(rows: Rows, *, title: str, caption: str, what: str, name: str, series: str | None, panel: str | None = None, zero: bool = False) -> Plot:
@@ -21,7 +21,7 @@ def forest(rows: Rows, *, title: str, caption: str, what: str, name: str, series
     """
     panels = list(dict.fromkeys(row[panel] for row in rows)) if panel else [None]
     kinds = list(dict.fromkeys(row[series] for row in rows)) if series else [None]
-    parts = [[row for row in rows if panel is None or row[panel] == one][:_MOST] for one in panels]
+    parts = [_first([row for row in rows if panel is None or row[panel] == one], name) for one in panels]
     heights = [len(dict.fromkeys(row[name] for row in part)) * max(1.0, 0.55 * len(kinds)) * 0.27 + 0.35 for part in parts]
     figure = figure_of(6.8, sum(heights) + 0.75)
     axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
@@ -96,6 +96,12 @@ def overlaid(rows: Rows, chart: Chart, *, title: str, caption: str, run: str = "
     figure.suptitle(title, fontsize=9.5)
     colours: Mapping[str, str] = {one: COLOURS[k % len(COLOURS)] for k, one in enumerate(runs)}
     return Plot(figure, title, caption, replace(chart, series=run, panel="panel", dash=None, pick=None, also={}, names={}, colours=colours, lines=())), told
+
+
+def _first(rows: Rows, name: str) -> list[Mapping]:
+    """Those of the first so many names."""
+    shown = list(dict.fromkeys(row[name] for row in rows))[:_MOST]
+    return [row for row in rows if row[name] in shown]
 
 
 def _named(chart: Chart, key: str, value: object) -> str:
