@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from latentguard.backends import Backend
-from latentguard.controls import cosine_by_layer, halves_across, mixed_sides
 from latentguard.directions import Activations
 from latentguard.layers import Layers
 from latentguard.metrics import Rate, Value, auroc, rate
 from latentguard.prompts import Prompt
-from latentguard.roles import find_places
+from latentguard.roles import find_places, without_text
 
 Row = dict[str, Any]
 VIEWS = {"chat": "", "plain_roles": "plain_roles", "plain": "plain"}  # as settings call them → Prompt.view
@@ -25,6 +24,7 @@ PAPER = ("plain_roles t_inst", "chat t_post_inst")  # where arXiv 2504.02904's c
 METHODS = ("mass_mean", "logistic")
 LEAST = 8  # prompts a pole
 GIANT = 2  # times the lower quartile of norms
+RESAMPLES, SPLITS, RANDOM, SHUFFLES = 200, 20, 200, 40  # draws behind a cosine's interval, its halves and ceiling, and its two nulls
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Contrast:
     """Two poles of one size to fit on, and held-out ones by what they are of.
 
     Args:
-        high, low: [prompt] each.
+        high, low: [prompt] each, pair by pair: `high[i]` has the label or topic of `low[i]` wherever both poles have it.
         held: name → (high, low).
     """
 
@@ -97,15 +97,37 @@ def read_places(backend: Backend, prompts: Sequence[Prompt], views: Sequence[str
     return replace(states, values=torch.cat(parts, 2), prompts=tuple(prompts), positions=tuple(names))
 
 
-def giants(states: Activations) -> dict[str, set[str]]:
+@dataclass(frozen=True)
+class Size:
+    """How large a state is beside the others at its place: `times` the lower quartile of norms, at the layer where that is most."""
+
+    times: float
+    layer: int
+    norm: float
+
+
+def sizes(states: Activations) -> dict[str, dict[str, Size]]:
+    """By place and prompt id, at the layers above the embeddings (all, where only those were read)."""
+    above = [i for i, layer in enumerate(states.layers) if layer > 0] or list(range(len(states.layers)))
+    norms = states.values[:, above].norm(dim=-1)
+    times = norms / norms.quantile(0.25, dim=0, keepdim=True).clamp_min(1e-30)
+    most, where = times.max(1)
+    return {
+        place: {
+            prompt.id: Size(float(most[k, i]), states.layers[above[int(where[k, i])]], float(norms[k, where[k, i], i]))
+            for k, prompt in enumerate(states.prompts)
+        }
+        for i, place in enumerate(states.positions)
+    }
+
+
+def giants(sized: Mapping[str, Mapping[str, Size]]) -> dict[str, set[str]]:
     """By place, the ids of prompts whose state there has, at some layer above the embeddings, a norm over `GIANT` times the lower quartile's.
 
     Some models put a norm tens of times the others' on the first full stop of a text, or on its first token, in few dimensions and whatever the
     text says. A difference of means is then a difference in how many of them either side has, and equal for any contrast.
     """
-    norms = states.values.norm(dim=-1)[:, [layer > 0 for layer in states.layers]]
-    large = (norms > GIANT * norms.quantile(0.25, dim=0, keepdim=True)).any(1)
-    return {place: {p.id for p, hit in zip(states.prompts, large[:, i].tolist(), strict=True) if hit} for i, place in enumerate(states.positions)}
+    return {place: {i for i, size in of.items() if size.times > GIANT} for place, of in sized.items()}
 
 
 def without(contrast: Contrast, ids: Collection[str]) -> Contrast:
@@ -117,47 +139,109 @@ def without(contrast: Contrast, ids: Collection[str]) -> Contrast:
     return replace(contrast, high=tuple(poles[0][:n]), low=tuple(poles[1][:n]))
 
 
-def beside(states: Mapping[str, Activations], a: tuple[str, str], b: tuple[str, str], contrast: Contrast, layers: Sequence[int] | None = None) -> Activations:
-    """The poles' states at two places of two models (or of one), as two positions `a` and `b` of one.
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A contrast's direction at one place beside that at another, at one layer.
+
+    Args:
+        value, low, high: the cosine of the two differences of means; 95% of resampled pairs, centred on it.
+        across, at_a, at_b: of each split into halves: one direction from each half, at both places and at either one.
+        random, shuffled: |cosine| of b's direction with isotropic ones, and with a's under labels swapped in half of the pairs, a draw each.
+    """
+
+    layer: int
+    value: float
+    low: float
+    high: float
+    n: int
+    across: np.ndarray
+    at_a: np.ndarray
+    at_b: np.ndarray
+    random: np.ndarray
+    shuffled: np.ndarray
+
+    def row(self) -> Row:
+        """Means over splits, and `ceiling`: what `halves` would be were both directions one, the geometric mean of what either place agrees with itself
+        to; 0 where a place's halves do not agree at all. `random_high`, `shuffled_high`: 97.5% quantiles.
+        """
+        agree = float(self.at_a.mean()), float(self.at_b.mean())
+        known = {"layer": self.layer, "value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        nulls = {f"{name}_high": float(np.quantile(drawn, 0.975)) for name, drawn in (("random", self.random), ("shuffled", self.shuffled))}
+        return {**known, "halves": float(self.across.mean()), "agree_a": agree[0], "agree_b": agree[1], "ceiling": ceiling(*agree), **nulls}
+
+    def draws(self) -> list[Row]:
+        """A row a split, a random direction and a swap of labels."""
+        splits = zip(self.across.tolist(), self.at_a.tolist(), self.at_b.tolist(), strict=True)
+        rows = [{"control": "halves", "draw": k, "cosine": x, "agree_a": a, "agree_b": b} for k, (x, a, b) in enumerate(splits)]
+        for name, drawn in (("random", self.random), ("shuffled", self.shuffled)):
+            rows += [{"control": name, "draw": k, "cosine": x} for k, x in enumerate(drawn.tolist())]
+        return [{**row, "layer": self.layer} for row in rows]
+
+
+def ceiling(a: float, b: float) -> float:
+    """The geometric mean of two agreements; 0 where one is not above 0: halves that disagree have no direction to share."""
+    return float(np.sqrt(a * b)) if min(a, b) > 0 else 0.0
+
+
+def compared(states: Mapping[str, Activations], a: tuple[str, str], b: tuple[str, str], contrast: Contrast, seed: int = 0) -> list[Compared]:
+    """A contrast's difference of means at two places of two models (or of one), at every layer above the embeddings where there is one.
+
+    Resamples, halves and swaps deal pairs (high, low), never single prompts: a pair is of one label or topic, so that both poles of a half hold the same
+    topics. Poles halved apart differ in topic too, one half the other way than the other, and that lies across what the contrast is.
 
     Args:
         a, b: (name of the model in `states`, place).
-        layers: some of those read; None is all.
     """
-    prompts = [*contrast.high, *contrast.low]
-    one = states[a[0]]
-    at = [one.layer_index(layer) for layer in (layers if layers is not None else one.layers)]
-    values = torch.stack([states[model].at(place, prompts)[:, at] for model, place in (a, b)], 2)
-    return replace(one, values=values, prompts=tuple(prompts), layers=tuple(one.layers[i] for i in at), positions=("a", "b"))
+    x, y = (_differences(states[model], place, contrast) for model, place in (a, b))
+    n, width = len(x), x.shape[-1]
+    dice = np.random.default_rng(seed)
+    orders = [dice.permutation(n) for _ in range(SPLITS)]
+    halves = np.stack([_weights(n, part) for order in orders for part in (order[: n // 2], order[n // 2 :])])
+    swaps = np.stack([_weights(n, order[: n // 2]) - _weights(n, order[n // 2 : n // 2 * 2]) for order in (dice.permutation(n) for _ in range(SHUFFLES))])
+    again = dice.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+    noise = dice.normal(size=(RANDOM, width))
+    found = []
+    for i, layer in enumerate(states[a[0]].layers):
+        p, q = x[:, i], y[:, i]
+        one, other = p.mean(0), q.mean(0)
+        if layer == 0 or not (one.any() and other.any()):
+            continue
+        value = float(np.clip(_cosine(one, other), -1, 1))
+        drawn = _cosine(again @ p, again @ q)
+        low, high = np.percentile(drawn, [2.5, 97.5]) - drawn.mean()
+        u, v = halves @ p, halves @ q
+        across = (_cosine(u[::2], v[1::2]) + _cosine(u[1::2], v[::2])) / 2
+        nulls = np.abs(_cosine(noise, other)), np.abs(_cosine(swaps @ p, other))
+        ends = max(-1.0, value + min(0.0, float(low))), min(1.0, value + max(0.0, float(high)))
+        found.append(Compared(layer, value, *ends, 2 * n, across, _cosine(u[::2], u[1::2]), _cosine(v[::2], v[1::2]), *nulls))
+    return found
 
 
-def cosines(states: Mapping[str, Activations], a: tuple[str, str], b: tuple[str, str], contrast: Contrast, layers: Sequence[int] | None = None) -> list[Row]:
-    """Cosine of a contrast's difference of means at two places, a row a layer above the embeddings: value, low, high, n, and `ceiling`, what two
-    halves of the prompts reach at one place (`controls.cosine_by_layer`).
+def projections(states: Mapping[str, Activations], contrast: Contrast, layer: int, places: Sequence[str]) -> list[Row]:
+    """Each pole prompt's state at each place (`at`), along the unit direction of every place (`on`, by "model: place").
+
+    The cosine of any two places follows: at b, the difference of the poles' means on a, over that on b.
     """
-    pair = beside(states, a, b, contrast, layers)
-    rows = [row for row in cosine_by_layer(pair, contrast.high, contrast.low, ("a", "b"))[0] if row["layer"] > 0]
-    value = [min(1.0, max(-1.0, row["value"])) for row in rows]  # rounding of two equal directions
-    return [{**row, "value": at, "low": min(at, row["low"]), "high": max(at, row["high"])} for row, at in zip(rows, value, strict=True)]
-
-
-def null_cosines(
-    states: Mapping[str, Activations], a: tuple[str, str], b: tuple[str, str], contrast: Contrast, layer: int, seed: int, draws: int
-) -> Row:  # fmt: skip
-    """What a cosine is set against at one layer: `random_high`, the 97.5% quantile of |cosine| between b's direction and isotropic ones;
-    `shuffled_high`, the highest |cosine| between it and the differences that a's states give for poles with shuffled labels; `halves`, the
-    cosine of a's direction from one half of the prompts with b's from the other (no prompt's own quirks are in both).
-    """
-    pair = beside(states, a, b, contrast, [layer])
-    sides = [pair.at(place, side).double().numpy() for place in ("a", "b") for side in (contrast.high, contrast.low)]
-    direction = sides[2].mean(0)[0] - sides[3].mean(0)[0]
-    noise = np.random.default_rng(seed).normal(size=(1000, len(direction)))
-    shuffled = []
-    for high, low in mixed_sides(contrast.high, contrast.low, seed, draws):
-        made = pair.at("a", high).double().mean(0)[0] - pair.at("a", low).double().mean(0)[0]
-        shuffled.append(abs(float(_cosine(made.numpy()[None], direction)[0])))
-    random = float(np.quantile(np.abs(_cosine(noise, direction)), 0.975))
-    return {"random_high": random, "shuffled_high": max(shuffled), "halves": halves_across(sides, seed)[0]}
+    at = [(model, place) for model in states for place in places]
+    found = {side: _at_layer(states, at, prompts, layer) for side, prompts in (("high", contrast.high), ("low", contrast.low))}
+    units = {key: found["high"][key].mean(0) - found["low"][key].mean(0) for key in at}
+    units = {key: vector / max(float(np.linalg.norm(vector)), 1e-30) for key, vector in units.items()}
+    rows = []
+    for side, prompts in (("high", contrast.high), ("low", contrast.low)):
+        for key in at:
+            on = {": ".join(other): found[side][key] @ unit for other, unit in units.items()}
+            rows += [
+                {
+                    "contrast": contrast.name,
+                    "side": side,
+                    "at": ": ".join(key),
+                    "layer": layer,
+                    **without_text(p),
+                    "on": {to: float(x[k]) for to, x in on.items()},
+                }
+                for k, p in enumerate(prompts)
+            ]
+    return rows
 
 
 def choose_layer(states: Mapping[str, Activations], contrast: Contrast, places: Sequence[str]) -> int:
@@ -223,12 +307,11 @@ def carried(probe: Probe, high: np.ndarray, low: np.ndarray) -> Carried:
     return Carried(auroc(*scores), rate([*(scores[0] > 0), *(scores[1] <= 0)]), *scores)
 
 
-def random_area(high: np.ndarray, low: np.ndarray, seed: int, draws: int) -> Value:
-    """The area that isotropic random directions reach on held-out states, each taken the way round that does better: mean, and the middle 95%."""
+def random_areas(high: np.ndarray, low: np.ndarray, seed: int, draws: int) -> list[float]:
+    """The area that each of some isotropic random directions reaches on held-out states, taken the way round that does better."""
     directions = np.random.default_rng(seed).normal(size=(draws, high.shape[1]))
     areas = [_area(high @ d, low @ d) for d in directions]
-    areas = [max(area, 1 - area) for area in areas]
-    return Value(float(np.mean(areas)), *map(float, np.percentile(areas, [2.5, 97.5])), len(high) + len(low))
+    return [max(area, 1 - area) for area in areas]
 
 
 def _area(high: np.ndarray, low: np.ndarray) -> float:
@@ -239,6 +322,23 @@ def _area(high: np.ndarray, low: np.ndarray) -> float:
     return float((np.searchsorted(ranked, high, "left") + np.searchsorted(ranked, high, "right")).mean() / (2 * len(low)))
 
 
-def _cosine(vectors: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """Of each row with one; 0 where one of them is."""
-    return vectors @ one / np.maximum(np.linalg.norm(vectors, axis=-1) * np.linalg.norm(one), 1e-30)
+def _differences(states: Activations, place: str, contrast: Contrast) -> np.ndarray:
+    """Of each pair high − low, [pair, layer, d_model] float64."""
+    return (states.at(place, contrast.high).double() - states.at(place, contrast.low).double()).numpy()
+
+
+def _at_layer(states: Mapping[str, Activations], at: Iterable[tuple[str, str]], prompts: Sequence[Prompt], layer: int) -> dict[tuple[str, str], np.ndarray]:
+    """By (model, place) the states there, [prompt, d_model] float64."""
+    return {(model, place): states[model].at(place, prompts)[:, states[model].layer_index(layer)].double().numpy() for model, place in at}
+
+
+def _weights(n: int, chosen: np.ndarray) -> np.ndarray:
+    """The mean of the chosen ones, as weights of all n."""
+    found = np.zeros(n)
+    found[chosen] = 1 / len(chosen)
+    return found
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Row by row, one against all where one of them is single; 0 where one of them is zero."""
+    return (x * y).sum(-1) / np.maximum(np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1), 1e-30)

@@ -4,15 +4,15 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from latentguard.contrasts import METHODS, PAPER, Contrast, Probe, carried, cosines, null_cosines, random_area
+from latentguard.contrasts import GIANT, METHODS, PAPER, Contrast, Probe, Size, carried, compared, projections, random_areas
 from latentguard.directions import Activations
-from latentguard.metrics import as_text, auroc, mean, rate
+from latentguard.metrics import Value, as_text, auroc, mean, rate
 from latentguard.neurons import EntropyNeurons, overlap, rank_correlation
 from latentguard.prompts import Prompt
 from latentguard.roles import without_text
@@ -20,6 +20,7 @@ from latentguard.truthfulness import Answered, Map, Steered, alike, halves_of, m
 
 Row = dict[str, Any]
 Pair = tuple[str, str]
+_LINES = 4  # pairs of places that the figure by layer shows
 
 
 @dataclass
@@ -53,26 +54,30 @@ def pairs_of(places: Sequence[str], within: bool) -> dict[Pair, str]:
     return found
 
 
-def directions(
-    states: Mapping[str, Activations], contrasts: Sequence[Contrast], layers: Mapping[str, int], places: Sequence[str], seed: int, draws: int
-) -> Found:
-    """Cosines of each contrast's directions between places, by layer, with their ceiling and nulls at the contrast's own layer."""
+def directions(states: Mapping[str, Activations], contrasts: Sequence[Contrast], layers: Mapping[str, int], places: Sequence[str], seed: int) -> Found:
+    """Cosines of each contrast's directions between places, by layer, with their ceiling and nulls; at the contrast's own layer every prompt's
+    projections, from which each cosine can be counted again, and every draw of the controls.
+    """
     within = "base" not in states
     left = "post" if within else "base"
     found = Found(drawn={"transfer_cosines": [], "transfer_layers": [], "transfer_grid": []})
     for contrast in contrasts:
-        layer = layers[contrast.name]
-        for (a, b), kind in pairs_of(places, within).items():
+        layer, pairs = layers[contrast.name], pairs_of(places, within)
+        shown = sorted(pairs, key=lambda pair: "plain t_inst" in pair)[:_LINES]
+        for (a, b), kind in pairs.items():
             about = {"contrast": contrast.name, "a": f"{left}: {a}", "b": f"post: {b}", "differs": kind}
-            curve = cosines(states, (left, a), ("post", b), contrast)
-            found.rows += [{"stage": "cosine", **about, **row} for row in curve]
-            found.drawn["transfer_layers"] += [{**about, "pair": _named(a, b), **row} for row in curve]
-            at = next((row for row in curve if row["layer"] == layer), None)
-            if at is not None:
-                line = {"part": "directions", "is": "cosine", **about, **at, **null_cosines(states, (left, a), ("post", b), contrast, layer, seed, draws)}
+            curve = compared(states, (left, a), ("post", b), contrast, seed)
+            rows = [{**about, **one.row()} for one in curve]
+            found.rows += [{"stage": "cosine", **row} for row in rows]
+            found.rows += [{"stage": "cosine control", **about, **row} for one in curve if one.layer == layer for row in one.draws()]
+            found.drawn["transfer_layers"] += [{**row, "pair": _named(a, b)} for row in rows if (a, b) in shown]
+            for line in ({"part": "directions", "is": "cosine", **row} for row in rows if row["layer"] == layer):
                 found.table.append(line)
                 found.drawn["transfer_cosines"].append({**line, "pair": _named(a, b)})
-        found.drawn["transfer_grid"] += _grid(states, left, contrast, layer, places)
+        grid = _grid(states, left, contrast, layer, places)
+        found.drawn["transfer_grid"] += grid
+        found.rows += [{"stage": "grid", **row} for row in grid]
+        found.rows += [{"stage": "projection", **row} for row in projections(states, contrast, layer, places)]
     rows = {(row["contrast"], row["differs"], row["a"], row["b"]): row for row in found.table}
     paper = next((row for (name, kind, *_), row in rows.items() if (name, kind) == ("harmfulness", "the paper's two places")), None)
     main = paper or next(iter(found.table), None)
@@ -89,21 +94,25 @@ def directions(
     return found
 
 
-def counted_giants(found: Mapping[str, Mapping[str, set[str]]], contrasts: Sequence[Contrast], left_out: bool) -> list[Row]:
-    """At every place, the share of a contrast's pole prompts whose state is a giant, and how it differs between the poles.
+def counted_giants(found: Mapping[str, Mapping[str, Mapping[str, Size]]], contrasts: Sequence[Contrast], left_out: bool) -> Found:
+    """At every place, the share of a contrast's pole prompts whose state is a giant, how it differs between the poles, and how large the largest is.
 
     Args:
-        found: by model and place, ids.
+        found: by model, place and id.
     """
-    rows: list[Row] = []
+    made = Found()
     for contrast in contrasts:
         for model, places in found.items():
-            for place, ids in places.items():
-                hits = [[p.id in ids for p in side] for side in (contrast.high, contrast.low)]
+            for place, of in places.items():
+                about = {"contrast": contrast.name, "a": f"{model}: {place}"}
+                for side, prompts in (("high", contrast.high), ("low", contrast.low)):
+                    made.rows += [{"stage": "giant", **about, "side": side, **without_text(p), **asdict(of[p.id])} for p in prompts]
+                hits = [[of[p.id].times > GIANT for p in side] for side in (contrast.high, contrast.low)]
                 share = rate([*hits[0], *hits[1]])
-                about = {"part": "directions", "contrast": contrast.name, "a": f"{model}: {place}", "is": f"giant states{', left out' if left_out else ''}"}
-                rows.append({**about, "value": share.rate, "low": share.low, "high": share.high, "n": share.n, "of_high": sum(hits[0]), "of_low": sum(hits[1])})
-    return rows
+                line = {"part": "directions", **about, "is": f"giant states{', left out' if left_out else ''}"}
+                line |= {"value": share.rate, "low": share.low, "high": share.high, "n": share.n, "of_high": sum(hits[0]), "of_low": sum(hits[1])}
+                made.table.append({**line, "largest": max(of[p.id].times for p in (*contrast.high, *contrast.low))})
+    return made
 
 
 def probes(states: Mapping[str, Activations], contrasts: Sequence[Contrast], layers: Mapping[str, int], places: Sequence[str], seed: int, draws: int) -> Found:
@@ -139,22 +148,40 @@ def probes(states: Mapping[str, Activations], contrasts: Sequence[Contrast], lay
                     ]
         for tested in dict.fromkeys(to for _, to in moves):
             for topic, (high, low) in contrast.held.items():
-                area = random_area(at(*tested, high), at(*tested, low), seed, max(draws, 20))
+                areas = random_areas(at(*tested, high), at(*tested, low), seed, draws)
                 about = {"contrast": contrast.name, "topic": topic, "method": "random", "fit": "random direction", "tested": ": ".join(tested), "layer": layer}
+                low_end, high_end = np.percentile(areas, [2.5, 97.5])
+                area = Value(float(np.mean(areas)), float(low_end), float(high_end), len(high) + len(low))
                 found.table.append({"part": "probes", **about, "is": "AUROC", **area.as_dict()})
+                found.rows += [{"stage": "probe control", **about, "draw": k, "auroc": x} for k, x in enumerate(areas)]
     for row in found.table:
         fit, tested = row["fit"].split(": "), row["tested"].split(": ")
         if len(sides) == 2 or row["method"] != "logistic":  # within one model there are as many moves as pairs of places
             arrow = "random direction" if row["method"] == "random" else f"{fit[0]} → {tested[0]}" if len(sides) == 2 else f"fitted at {fit[-1]}"
             found.drawn["transfer_probes"].append({**row, "place": tested[-1], "move": arrow, "shown": f"{_WORDS[row['contrast']]}, {row['topic']}"})
-    main = [row for row in found.table if row["method"] == "mass_mean" and row["contrast"] == "truth"] or [r for r in found.table if r["method"] == "mass_mean"]
-    away = [row for row in main if row["fit"].split(": ")[0] != row["tested"].split(": ")[0]] or [r for r in main if r["fit"] != r["tested"]] or main
-    if away:
-        found.main = (f"AUROC of the {away[0]['contrast']} probe (mass mean), {away[0]['fit']} tested at {away[0]['tested']}, {away[0]['topic']}", away[0])
-        own = [row for row in main if row["tested"] == away[0]["tested"] and row["fit"] == row["tested"] and row["topic"] == away[0]["topic"]]
-        beside = f" (fitted where it is tested {own[0]['value']:.2f})" if own else ""
-        found.says = f"{away[0]['contrast']} probe of {away[0]['fit']} tested at {away[0]['tested']} on {away[0]['topic']}: AUROC {as_text(away[0])}{beside}"
+    told = [one for name in ("truth", "harmfulness", "refusal") if (one := _away(found.table, name))]
+    if told:
+        _, first = told[0]
+        found.main = (f"AUROC of the {first['contrast']} probe (mass mean), {first['fit']} tested at {first['tested']}, {first['topic']}", first)
+    found.says = "; ".join(says for says, _ in told)
     return found
+
+
+def _away(table: Sequence[Row], contrast: str) -> tuple[str, Row] | None:
+    """A probe by mass mean tested where it was not fitted, beside the one fitted there and random directions: in the other model, or where the paper
+    reads the trained one's refusal and tested at its request.
+    """
+    rows = [row for row in table if (row["method"], row["contrast"]) == ("mass_mean", contrast)]
+    moved_ = [row for row in rows if row["fit"].split(": ")[0] != row["tested"].split(": ")[0]] or [row for row in rows if row["fit"] != row["tested"]]
+    if not moved_:
+        return None
+    one = next((row for row in moved_ if (row["fit"], row["tested"]) == (f"post: {PAPER[1]}", "post: chat t_inst")), moved_[0])
+    here = [row for row in table if all(row[key] == one[key] for key in ("contrast", "topic", "tested"))]
+    own = next((row for row in here if row["method"] == "mass_mean" and row["fit"] == one["tested"]), None)
+    chance = next(row for row in here if row["method"] == "random")
+    beside = f"fitted there {own['value']:.2f}, " if own else ""
+    text = f"{_WORDS[contrast]} probe of {one['fit']} tested at {one['tested']} on {one['topic']}: AUROC {as_text(one)}, accuracy {one['accuracy']:.2f}"
+    return f"{text} ({beside}random directions up to {chance['high']:.2f})", one
 
 
 def causal(steered: Mapping[str, Steered], doses: Mapping[tuple[str, str], float]) -> Found:
@@ -167,7 +194,15 @@ def causal(steered: Mapping[str, Steered], doses: Mapping[tuple[str, str], float
     for model, one in steered.items():
         clean = one.clean
         right = clean.accuracy
-        line = {"part": "causal", "model": model, "direction": "none", "way": "both", "is": "answered rightly, untouched", "mass": clean.mass}
+        line = {
+            "part": "causal",
+            "model": model,
+            "direction": "none",
+            "way": "both",
+            "is": "answered rightly, untouched",
+            "mass": clean.mass,
+            **_steps(clean.true, clean.false),
+        }
         found.table.append({**line, "value": right.rate, "low": right.low, "high": right.high, "n": right.n})
         line = {"part": "causal", "model": model, "direction": "none", "way": "both", "is": "AUROC of P(TRUE) − P(FALSE), true against false"}
         found.table.append({**line, **auroc(clean.true, clean.false).as_dict()})
@@ -203,7 +238,7 @@ def maps(taken: Mapping[str, Map], seed: int) -> Found:
     found = Found(drawn={"transfer_maps": []})
     for model, one in taken.items():
         about = {"part": "maps", "model": model}
-        found.table.append({**about, "is": "log-odds of TRUE, true run − false run", **one.gap.as_dict()})
+        found.table.append({**about, "is": "log-odds of TRUE, true run − false run", **one.gap.as_dict(), **_steps(one.true, one.false)})
         for t, token in enumerate(one.names):
             for i, layer in enumerate(one.layers):
                 found.rows += [
@@ -289,6 +324,12 @@ def _grid(states: Mapping[str, Activations], left: str, contrast: Contrast, laye
                 {"contrast": contrast.name, "a": f"{left}: {a}", "b": f"post: {b}", "layer": layer, "value": value, "n": len(contrast.high) + len(contrast.low)}
             )
     return rows
+
+
+def _steps(*values: np.ndarray) -> Row:
+    """How many different numbers there are of how many: a few, where a model's coarse number format puts its logits on a grid."""
+    every = np.concatenate(values)
+    return {"distinct": len(np.unique(np.round(every, 9))), "of": len(every)}
 
 
 def _ways(after: Answered, clean: Answered) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:

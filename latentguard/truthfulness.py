@@ -5,7 +5,8 @@ stream of a true statement put into a false one of the same frame, at one layer 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from latentguard.backends import Backend
+from latentguard.backends.second import float32_head
 from latentguard.behaviour import Shares
 from latentguard.directions import Activations, Direction
 from latentguard.errors import InputError
@@ -25,6 +27,23 @@ from latentguard.statements import ANSWERS, TAIL, Statement, in_context
 LEVELS = 20  # of the paper's binned maps; the lower half of them counts as 0
 _DRAWS = 1000
 _LEAST_GAP = 0.1  # in log-odds: of the mean true and false run, under which a share of it says nothing
+
+
+@dataclass(frozen=True)
+class Float32Shares(Shares):
+    """The same from logits made in float32, and told apart from the others in a store."""
+
+    def identity(self) -> object:
+        """The sets, and the format."""
+        return [*super().identity(), "float32 head"]  # type: ignore[misc]
+
+
+@contextmanager
+def answering(backend: Backend) -> Iterator[Shares]:
+    """`answers`, from logits in float32 while this is open, whatever the model's number format (`backends.second.float32_head`)."""
+    asked = answers(backend)
+    with float32_head(backend) as finer:
+        yield Float32Shares(asked.sets) if finer else asked
 
 
 def answers(backend: Backend) -> Shares:
@@ -128,13 +147,14 @@ def steer(
     backend: Backend, statements: Sequence[Statement], examples: Sequence[Statement], directions: Mapping[str, Direction], layers: Sequence[int]
 ) -> Steered:
     """Ask about statements untouched and under each direction, at these layers, on the statement's last token and its period."""
-    reduce, sides = answers(backend), [[in_context(s, examples) for s in statements if s.true is side] for side in (True, False)]
+    sides = [[in_context(s, examples) for s in statements if s.true is side] for side in (True, False)]
     back = end_of(backend, [*sides[0], *sides[1]])
     places = [f"t_inst-{back}", f"t_inst-{back + 1}"]
     found = []
     for prompts, sign in zip(sides, (-1.0, 1.0), strict=True):
         cells = [Cell()] + [Cell(tuple(Add(d, layer=list(layers), coef=sign, positions=at) for at in places)) for d in directions.values()]
-        found.append(backend.logits(prompts, Grid(tuple(cells)), reduce=reduce))
+        with answering(backend) as reduce:
+            found.append(backend.logits(prompts, Grid(tuple(cells)), reduce=reduce))
     pairs = [Answered.of(true, false) for true, false in zip(*found, strict=True)]
     return Steered(pairs[0], dict(zip(directions, pairs[1:], strict=True)))
 
@@ -217,13 +237,13 @@ class Map:
 
 def patch_map(backend: Backend, pairs: Pairs, layers: Sequence[int]) -> Map:
     """Patch each layer and token by itself, in every pair."""
-    reduce = answers(backend)
     places = [f"t_inst-{back}" for back in pairs.columns]
     states = backend.read(list(pairs.true), list(layers), places)
     source = {false.id: true.id for true, false in zip(pairs.true, pairs.false, strict=True)}
     cells = [Cell((Patch(states, layer=layer, positions=place, source=source),)) for layer in layers for place in places]
-    clean, *patched = backend.logits(list(pairs.false), Grid((Cell(), *cells)), reduce=reduce)
-    (true,) = backend.logits(list(pairs.true), Grid((Cell(),)), reduce=reduce)
+    with answering(backend) as reduce:
+        clean, *patched = backend.logits(list(pairs.false), Grid((Cell(), *cells)), reduce=reduce)
+        (true,) = backend.logits(list(pairs.true), Grid((Cell(),)), reduce=reduce)
     values = np.stack([_odds(one) for one in patched], 1).reshape(len(pairs.true), len(layers), len(places))
     return Map(values, _odds(true), _odds(clean), tuple(layers), pairs.names)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from latentguard.backends.local import Local
-from latentguard.backends.second import output_matrices, second
+from latentguard.backends.second import float32_head, output_matrices, second
 from latentguard.backends.tiny import tiny_model, tiny_tokenizer
-from latentguard.contrasts import PAPER, Contrast, Probe, balanced, choose_layer, cosines, giants, null_cosines, places_of, read_places, without
+from latentguard.configs import options
+from latentguard.contrasts import PAPER, Contrast, Probe, balanced, ceiling, choose_layer, compared, giants, places_of, read_places, sizes, without
 from latentguard.datasets import load_dataset
 from latentguard.directions import Activations, mean_difference, random_like
 from latentguard.errors import InputError
@@ -26,7 +27,7 @@ from latentguard.statements import TAIL, Statement, dealt_topics, in_context, lo
 from latentguard.store import Stored
 from latentguard.trackers import Memory
 from latentguard.transferring import counted_giants, pairs_of
-from latentguard.truthfulness import Answered, Map, align, alike, answers, binned, end_of, halves_of, moved, patch_map, rescaled, steer
+from latentguard.truthfulness import Answered, Map, align, alike, answering, answers, binned, end_of, halves_of, moved, patch_map, rescaled, steer
 from latentguard.weights import spec_of
 from tests.conftest import loud, make_tiny
 from tests.headlines import tells_its_headline
@@ -193,9 +194,72 @@ def test_every_area_can_be_counted_again_from_the_rows(apart):
     assert all(curve[r["contrast"], r["a"], r["b"], r["layer"]] == r["value"] for r in summary["table"] if r.get("is") == "cosine")
 
 
-def test_a_model_beside_itself_has_cosine_one_and_overlap_ten(post, data, tmp_path):
-    base = saved(post_model(), tmp_path / "same")
-    summary, _ = run(Transfer(base=base, topics=("animals",), views=("chat", "plain"), layers=(1, 2), **FEW), post, data)
+def counted_again(tracker):
+    """Every central value of every figure, from the rows alone: name → [(drawn, counted)]."""
+    rows, found = {}, {}
+    for row in tracker.all_rows:
+        rows.setdefault(row.get("stage"), []).append(row)
+
+    def away(contrast, at, on):
+        mine = [r for r in rows["projection"] if (r["contrast"], r["at"]) == (contrast, at)]
+        high, low = ([r["on"][on] for r in mine if r["side"] == side] for side in ("high", "low"))
+        return np.mean(high) - np.mean(low)
+
+    for row in [*tracker.figures["transfer_cosines"], *tracker.figures["transfer_grid"]]:
+        name = "transfer_grid" if "pair" not in row else "transfer_cosines"
+        found.setdefault(name, []).append((row["value"], away(row["contrast"], row["b"], row["a"]) / away(row["contrast"], row["b"], row["b"])))
+    curve = {(r["contrast"], r["a"], r["b"], r["layer"]): r for r in rows["cosine"]}
+    found["transfer_layers"] = [
+        (row[key], curve[row["contrast"], row["a"], row["b"], row["layer"]][key]) for row in tracker.figures["transfer_layers"] for key in ("value", "ceiling")
+    ]
+    for row in tracker.figures["transfer_cosines"]:
+        draws = [r for r in rows["cosine control"] if all(r[key] == row[key] for key in ("contrast", "a", "b", "layer"))]
+        agree = [np.mean([r[key] for r in draws if r["control"] == "halves"]) for key in ("cosine", "agree_a", "agree_b")]
+        high = [np.quantile([r["cosine"] for r in draws if r["control"] == name], 0.975) for name in ("random", "shuffled")]
+        told = zip(("halves", "ceiling", "random_high", "shuffled_high"), (agree[0], ceiling(*agree[1:]), *high), strict=True)
+        found["transfer_cosines"] += [(row[key], value) for key, value in told]
+    for row in tracker.figures.get("transfer_probes", []):
+        keys = ("contrast", "topic", "method", "tested", *(["fit"] if row["method"] != "random" else []))
+        mine = [r for r in rows["probe control" if row["method"] == "random" else "probe"] if all(r[key] == row[key] for key in keys)]
+        sides = [[r.get("score") for r in mine if r.get("side") == side] for side in ("high", "low")]
+        area = np.mean([r["auroc"] for r in mine]) if row["method"] == "random" else auroc(*sides).value
+        found.setdefault("transfer_probes", []).append((row["value"], area))
+    for row in tracker.figures.get("transfer_causal", []):
+        to, side = (1, False) if row["way"] == "F→T" else (-1, True)
+        names = [row["direction"]] if "×" not in row["direction"] else {r["direction"] for r in rows["causal"] if r["direction"].startswith("random")}
+        clean, *after = (
+            np.mean([r["dp"] for r in rows["causal"] if (r["model"], r["direction"], r["true"]) == (row["model"], name, side)]) for name in ("none", *names)
+        )
+        found.setdefault("transfer_causal", []).append((row["value"], (np.mean(after) - clean) / (to - clean)))
+    for row in tracker.figures.get("transfer_maps", []):
+        mine = [r for r in rows["map"] if all(r[key] == row[key] for key in ("model", "layer", "token"))]
+        patched, true, false = (np.mean([r[key] for r in mine]) for key in ("patched", "true", "false"))
+        found.setdefault("transfer_maps", []).append((row["value"], (patched - false) / (true - false)))
+    return found
+
+
+def test_every_figure_can_be_counted_again_from_the_rows(apart, whole):
+    for _, tracker in (apart, whole):
+        found = counted_again(tracker)
+        assert set(found) == set(tracker.figures)
+        for name, values in found.items():
+            assert len(values) >= len(tracker.figures[name]) and np.allclose(*zip(*values, strict=True), atol=1e-5, equal_nan=True), name
+    rows = whole[1].all_rows
+    assert {row["split"] for row in rows if row.get("stage") == "replies"} == {"train", "test"}
+    for row in (row for row in whole[0]["table"] if str(row.get("is")).startswith("giant")):
+        mine = [r["times"] for r in rows if r.get("stage") == "giant" and (r["contrast"], r["a"]) == (row["contrast"], row["a"])]
+        assert len(mine) == row["n"] and np.mean(np.array(mine) > 2) == pytest.approx(row["value"]) and max(mine) == row["largest"]
+
+
+@pytest.fixture(scope="module")
+def whole(post, data, tmp_path_factory):
+    """Every part, on a model beside itself."""
+    base = saved(post_model(), tmp_path_factory.mktemp("same"))
+    return run(Transfer(base=base, topics=("animals",), views=("chat", "plain"), layers=(1, 2), **FEW), post, data)
+
+
+def test_a_model_beside_itself_has_cosine_one_and_overlap_ten(whole):
+    summary, tracker = whole
     rows = [row for row in summary["table"] if row.get("differs") == "same place"]
     assert rows and all(row["value"] == pytest.approx(1, abs=1e-4) for row in rows)
     both = next(row for row in summary["table"] if row.get("is") == "entropy neurons in both sets")
@@ -204,6 +268,10 @@ def test_a_model_beside_itself_has_cosine_one_and_overlap_ten(post, data, tmp_pa
     for way in ("F→T", "T→F"):
         assert effects["base", "base", way] == pytest.approx(effects["post", "post", way], abs=1e-4) == pytest.approx(effects["base", "post", way], abs=1e-4)
     assert summary["status"] == "insufficient_base_rate" and summary["headline"]["withheld"] and "claim withheld" in summary["claim"]
+    assert "transfer_causal" in summary["figures"]
+    for name in ("causal", "maps"):
+        drawn = tracker.plots.get(f"transfer_{name}")
+        assert drawn is None or (", withheld" in drawn.title) == (name in summary["withheld"])
     told = {row["measure"] for row in summary["table"] if row.get("condition") == "base"}
     assert {"harmful refusal", "harmless refusal", "lookalike refusal"} <= told
 
@@ -293,13 +361,57 @@ def test_shared_quirks_raise_a_cosine_and_halves_do_not_have_them():
     here = (("base", "chat t_inst"), ("post", "chat t_inst"))
     for shared in (True, False):
         states, contrast = planted(shared)
-        (row,), null = cosines(states, *here, contrast), null_cosines(states, *here, contrast, 1, 0, 5)
+        row = compared(states, *here, contrast)[0].row()
         assert row["value"] == pytest.approx(1) if shared else row["value"] > 0.3
-        assert abs(null["halves"] - (row["ceiling"] if shared else 0)) < 0.15
-        assert 0.1 < null["random_high"] < 0.5
+        assert abs(row["halves"] - (row["ceiling"] if shared else 0)) < 0.15
+        assert 0.1 < row["random_high"] < 0.5 and row["low"] <= row["value"] <= row["high"]
     nothing, contrast = planted(True, shift=0.0)
-    (row,), null = cosines(nothing, *here, contrast), null_cosines(nothing, *here, contrast, 1, 0, 5)
-    assert row["value"] == pytest.approx(1) and abs(null["halves"]) < 0.2, "where there is no direction the quirks alone agree"
+    row = compared(nothing, *here, contrast)[0].row()
+    assert row["value"] == pytest.approx(1) and abs(row["halves"]) < 0.2, "where there is no direction the quirks alone agree"
+
+
+def topical(n=40, d=60, per=8, seed=0):
+    """Poles of pairs of one topic each, whose topic moves a state far more than the contrast does."""
+    dice = np.random.default_rng(seed)
+    topics = dice.normal(size=(n // per, d)) * 6
+    sides, rows = ([], []), []
+    for sign, side in zip((0.5, -0.5), sides, strict=True):
+        for i in range(n):
+            side.append(Prompt.of(f"{sign} {i}", category=str(i % len(topics))))
+            rows.append(topics[i % len(topics)] + sign * 3 * np.eye(d)[0] + dice.normal(size=d) * 0.5)
+    values = torch.tensor(np.array(rows)).float()[:, None, None]
+    states = Activations(values, tuple(sides[0] + sides[1]), (1,), ("chat t_inst",), "post", "post", 4)
+    return {"post": states}, Contrast("truth", tuple(sides[0]), tuple(sides[1]))
+
+
+def test_halves_hold_the_same_topics_on_both_sides():
+    """Poles halved each by itself differ in topic, one half the other way than the other: their agreement falls under 0 where there is a direction."""
+    states, contrast = topical()
+    here = ("post", "chat t_inst")
+    row = compared(states, here, here, contrast)[0].row()
+    assert row["ceiling"] > 0.7 and row["halves"] == pytest.approx(row["ceiling"], abs=0.01), "one place with itself lies on its ceiling"
+    sides = [states["post"].at("chat t_inst", side)[:, 0].numpy() for side in (contrast.high, contrast.low)]
+    dice, apart = np.random.default_rng(0), []
+    for _ in range(50):
+        orders = [dice.permutation(len(side)) for side in sides]
+        one, other = (np.subtract(*(side[order[part]].mean(0) for side, order in zip(sides, orders, strict=True))) for part in (slice(20), slice(20, None)))
+        apart.append(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+    assert np.mean(apart) < -0.3
+    assert (ceiling(0.5, 0.18), ceiling(-0.5, -0.5), ceiling(0.5, -0.1), ceiling(0, 0.4)) == (pytest.approx(0.3), 0, 0, 0)
+
+
+def test_pairs_are_of_one_topic_or_label(post, data):
+    told = Transfer(**FEW)._statements(data)
+    for contrast in Transfer(**FEW)._contrasts({s: {"harmful": [], "harmless": []} for s in ("train", "test")}, {"train": {}, "test": {}}, told)[:1]:
+        for one in (contrast, without(contrast, {contrast.high[2].id, contrast.low[5].id, contrast.low[6].id})):
+            assert len(one.high) > 20 and [p.category for p in one.high] == [p.category for p in one.low] and len({p.category for p in one.high}) > 2
+
+
+def test_labels_swapped_in_half_of_the_pairs_do_not_point_along_the_contrast():
+    states, contrast = topical()
+    found = compared(states, ("post", "chat t_inst"), ("post", "chat t_inst"), contrast)[0]
+    assert found.value == pytest.approx(1) and found.shuffled.max() < 0.6 and len(found.shuffled) == 40 and len(found.random) == 200
+    assert [sum(row["control"] == name for row in found.draws()) for name in ("halves", "random", "shuffled")] == [20, 200, 40]
 
 
 def test_giants_are_found_at_their_place_and_left_out_of_both_poles():
@@ -310,14 +422,20 @@ def test_giants_are_found_at_their_place_and_left_out_of_both_poles():
     values[[3, 7], :, :, 30] += 3000
     raw = replace(one, values=values)
     ids = {contrast.high[3].id, contrast.high[7].id}
-    assert giants(raw) == {"chat t_inst": ids} and giants(one) == {"chat t_inst": set()}
+    assert giants(sizes(raw)) == {"chat t_inst": ids} and giants(sizes(one)) == {"chat t_inst": set()}
+    large = sizes(raw)["chat t_inst"][contrast.high[3].id]
+    norms = raw.values[:, 0, 0].norm(dim=-1)
+    assert (large.layer, large.norm) == (1, pytest.approx(float(norms[3]))) and large.times == pytest.approx(float(norms[3] / norms.quantile(0.25)))
     kept = without(contrast, ids)
     assert len(kept.high) == len(kept.low) == 58 and not ids & {p.id for p in kept.everyone()}
     found = {name: mean_difference(raw, c.high, c.low, position="chat t_inst").vectors[0] for name, c in (("all", contrast), ("kept", kept))}
     share = {name: abs(float(v[0])) / float(v.norm()) for name, v in found.items()}
     assert share["all"] < 0.1 < 0.7 < share["kept"]
-    (row,) = counted_giants({"post": giants(raw)}, [contrast], True)
+    counted = counted_giants({"post": sizes(raw)}, [contrast], True)
+    (row,) = counted.table
     assert (row["value"], row["n"], row["of_high"], row["of_low"]) == (2 / 120, 120, 2, 0)
+    times = [one["times"] for one in counted.rows]
+    assert len(times) == 120 and sum(x > 2 for x in times) == 2 and row["largest"] == max(times) and {one["side"] for one in counted.rows} == {"high", "low"}
 
 
 def test_poles_stay_balanced_without_some():
@@ -447,6 +565,38 @@ def test_only_the_statements_end_is_steered_and_the_direction_is_as_long_as_the_
         assert np.allclose(shares[:, 0] - shares[:, 1], seen, atol=1e-6), "added to false statements, taken from true ones"
 
 
+def test_log_odds_lie_on_no_grid_in_a_coarse_number_format(tmp_path):
+    """In bfloat16 large logits are whole multiples of a step; while `answering` is open they are what the last states give in float32."""
+    model = post_model().to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(60)
+    coarse = Local(model, tiny_tokenizer(), name="coarse", weights="coarse")
+    examples, tested = few_shot()
+    prompts = [in_context(one, examples) for one in tested]
+
+    def seen():
+        found = torch.cat(coarse.logits(prompts)).double()
+        return found - found[:, :1], [x[0] for x in coarse.logits(prompts, reduce=answers(coarse))]
+
+    (before, shares), different = seen(), lambda x: len(x.round(decimals=5).unique()) / x.numel()
+    with answering(coarse) as asked, torch.inference_mode():
+        assert asked.identity() != answers(coarse).identity(), "a store tells them apart"
+        finer, _ = seen()
+        item = coarse.render(prompts[:1])[0]
+        states = model.model(torch.tensor([item.ids])).last_hidden_state[0, -1]
+        known = states.float() @ model.lm_head.weight.float().T
+    assert torch.allclose(finer[0].float(), known - known[0], atol=0.02 * float(known.abs().max()))
+    assert different(before) < 0.75 < 0.95 < different(finer)
+    after = seen()
+    assert torch.equal(after[0], before) and after[1] == shares, "only while it is open"
+    stored = Stored(coarse, tmp_path)
+    with float32_head(stored) as one, float32_head(Elsewhere()) as other:
+        assert (one, other) == (True, False)
+    fine = Local(post_model(), tiny_tokenizer(), name="post", weights="post")
+    with answering(fine) as asked:
+        assert asked == answers(fine), "a model of float32 has nothing to gain"
+
+
 def test_a_map_is_one_at_the_end_and_zero_before_the_difference(post):
     examples, _ = few_shot()
     pairs = align(post, matched(load("builtin")), examples, 3)
@@ -566,6 +716,15 @@ def test_the_last_write_is_what_the_model_writes(tiny):
 def test_wrong_settings_are_refused(settings, says):
     with pytest.raises((ValueError, InputError), match=says):
         Transfer(**settings)
+
+
+def test_every_base_in_conf_has_the_depth_of_what_is_trained_from_it():
+    bases = [name for name in options("model") if name.endswith("_base")]
+    pairs = [(name, name.removesuffix("_base")) for name in bases] + [("llama3_1_8b_base", "tulu3_8b")]
+    assert len(bases) == 6
+    for base, trained in pairs:
+        one, other = spec_of(base), spec_of(trained)
+        assert one.n_layers == other.n_layers and (one.template, other.template) == ("plain", "chat") and one.id != other.id
 
 
 def test_what_is_held_out_is_not_fitted_on(data):

@@ -1,11 +1,13 @@
-"""A second model beside the one that a job runs, and the matrices at a model's end. Opens no trace; knows no study."""
+"""A second model beside the one that a job runs, the matrices at a model's end, and its logits in float32. Opens no trace; knows no study."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from latentguard import families
 from latentguard.backends import Backend
@@ -53,6 +55,31 @@ def output_matrices(backend: Backend) -> tuple[Tensor, Tensor]:
     if head is None or not head.weight.is_floating_point():
         raise InputError(f"{backend.name} has no output matrix of plain numbers: load it without quantisation")
     return writes, head.weight.detach()
+
+
+@contextmanager
+def float32_head(backend: Backend) -> Iterator[bool]:
+    """While open, the model's last states become logits in float32; whether they do.
+
+    bfloat16 knows steps of 1/8 between 16 and 32: log-odds of two tokens with such logits lie on a grid of eighths. A float32 copy of the unembedding takes
+    room while it is open. Left as it is, False: a model of float32 itself, one elsewhere or on several ranks, and a head of packed weights.
+    """
+    found = getattr(backend, "inner", backend)
+    head = found.passes.hf.get_output_embeddings() if isinstance(found, Local) and found.team.size == 1 else None
+    if head is None or not head.weight.is_floating_point() or head.weight.dtype.itemsize >= 4:
+        yield False
+        return
+    weight, bias = head.weight.detach().float(), getattr(head, "bias", None)
+    hook = partial(_unembedded, weight, None if bias is None else bias.detach().float())
+    handle = head.register_forward_hook(hook)
+    try:
+        yield True
+    finally:
+        handle.remove()
+
+
+def _unembedded(weight: Tensor, bias: Tensor | None, _: object, states: tuple[Tensor], __: Tensor) -> Tensor:
+    return linear(states[0].float(), weight, bias)
 
 
 def _local(backend: Backend, what: str) -> Local:

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from latentguard.backends import Backend
 from latentguard.behaviour import Judged, likelihoods
-from latentguard.contrasts import LEAST, VIEWS, Contrast, balanced, check_places, choose_layer, giants, places_of, read_places, without
+from latentguard.contrasts import LEAST, VIEWS, Contrast, Size, balanced, check_places, choose_layer, giants, places_of, read_places, sizes, without
 from latentguard.datasets import Dataset
 from latentguard.directions import Activations, mean_difference, random_like
 from latentguard.errors import InputError
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 Part = Literal["directions", "probes", "causal", "maps", "neurons"]
 STEERED_AT = "plain t_inst"  # the place whose truth direction is added: the statement alone, its last token
 _PAIRS = 4  # matched pairs, under which there is no map
-_SHUFFLES = 10  # of labels
+_RANDOM = 40  # directions beside a probe
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -115,7 +115,7 @@ class Transfer:
         view, grid = VIEWS[self.views[0]], Grid((Cell(tags={"intervention": "none"}),))  # the first view is the one that replies are asked for in
         judged = {
             split: {
-                label: said(backend, [p.seen(view) for p in prompts], grid, judge, tracker, self.max_new_tokens, stage="replies")[0]
+                label: said(backend, [p.seen(view) for p in prompts], grid, judge, tracker, self.max_new_tokens, stage="replies", split=split)[0]
                 for label, prompts in by.items()
                 if prompts
             }
@@ -211,7 +211,7 @@ class Transfer:
         """The contrasts without prompts whose state is a giant at any place of any model, unless they are to be kept."""
         if self.giants == "keep":
             return list(contrasts)
-        large = set().union(*(ids for side in sides for ids in side.giants.values()))
+        large = set().union(*(ids for side in sides for ids in giants(side.sizes).values()))
         return [c for c in (without(one, large) for one in contrasts) if not c.thin]
 
     def _alike(self, backend: Backend, other: Backend, told: "_Told") -> None:
@@ -230,7 +230,7 @@ class Transfer:
         wanted = {*resolve_layers(self.layers, backend.n_layers), *(self._window(backend.n_layers) if "causal" in self.parts else [])}
         prompts = list({p.id: p for c in contrasts for p in c.everyone()}.values())
         read = read_places(backend, prompts, self.views, self.positions, sorted(wanted))
-        side.states, side.giants = read, giants(read)
+        side.states, side.sizes = read, sizes(read)
 
     def _measure(self, side: "_Side", backend: Backend, sides: Mapping[str, "_Side"], sound: Sequence[Contrast], told: "_Told", pairs: Pairs | None) -> None:
         """What needs the model itself: steered answers, patched runs, weights."""
@@ -261,11 +261,12 @@ class Transfer:
         if {"directions", "probes"} & set(self.parts):
             layers = {c.name: choose_layer(states, c, places) for c in contrasts}
             log.info("layers chosen on a quarter of the train prompts: %s", ", ".join(f"{name} {layer}" for name, layer in layers.items()))
-            for name, part in (("directions", directions), ("probes", probes)):
-                if name in self.parts:
-                    found[name] = part(states, contrasts, layers, places, self.seed, _SHUFFLES)
-            if "directions" in found:
-                found["directions"].table += counted_giants({name: side.giants for name, side in sides.items()}, asked, self.giants == "leave_out")
+            if "directions" in self.parts:
+                made = found["directions"] = directions(states, contrasts, layers, places, self.seed)
+                large = counted_giants({name: side.sizes for name, side in sides.items()}, asked, self.giants == "leave_out")
+                made.table, made.rows = [*made.table, *large.table], [*made.rows, *large.rows]
+            if "probes" in self.parts:
+                found["probes"] = probes(states, contrasts, layers, places, self.seed, _RANDOM)
         if "causal" in self.parts:
             doses = {(model, name): dose for model, side in sides.items() for name, dose in side.doses.items()}
             answered = {name: side.steered for name, side in sides.items() if side.steered}
@@ -326,7 +327,7 @@ class _Side:
 
     model: str
     states: Activations | None = None
-    giants: Mapping[str, set[str]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Size]] = field(default_factory=dict)
     steered: Steered | None = None
     doses: Mapping[str, float] = field(default_factory=dict)
     map: Map | None = None
@@ -343,10 +344,10 @@ def _draw(found: Mapping[str, Found], tracker: Tracker, who: str) -> list[str]:
         "transfer_causal": (figures.steered, "the truth direction and the answer TRUE or FALSE"),
         "transfer_maps": (figures.maps, "a true run's state in a false run"),
     }
-    drawn = {name: rows for part in found.values() for name, rows in part.drawn.items() if rows}
-    for name, rows in drawn.items():
+    drawn = {name: (rows, ", withheld" if part.withheld else "") for part in found.values() for name, rows in part.drawn.items() if rows}
+    for name, (rows, withheld) in drawn.items():
         make, title = makers[name]
-        tracker.figure(name, make(rows, title=f"{who}: {title}"), rows)
+        tracker.figure(name, make(rows, title=f"{who}: {title}{withheld}"), rows)
     return list(drawn)
 
 

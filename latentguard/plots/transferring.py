@@ -1,5 +1,7 @@
 """Figures of what carries over between two models, or between places of one: cosines, probes, steered answers, patching maps. Knows no experiment."""
 
+import math
+
 from matplotlib.lines import Line2D
 
 from latentguard.charts import Chart, Line, Plot
@@ -52,7 +54,7 @@ def places(rows: Rows, *, title: str) -> Plot:
         axis.set(
             xlabel="cosine",
             title=f"{CONTRASTS.get(contrast, contrast)}, layer {mine[0]['layer']}, {counted(mine)}",
-            xlim=(min(-0.3, *column(rows, "low")) - 0.03, 1.04),
+            xlim=(min(-0.3, *column(rows, "low"), *column(rows, "halves")) - 0.03, 1.04),
         )
     axes[0].set_yticks(range(len(pairs)), [pair.replace(" | ", "\nwith ") for pair in pairs])
     axes[0].set_ylim(len(pairs) - 0.5, -0.5)
@@ -60,14 +62,14 @@ def places(rows: Rows, *, title: str) -> Plot:
         label.set_weight("bold" if any(row["differs"] == _PAPER for row in rows if row["pair"] == pair) else "normal")
     named = [Named(kind, Line2D([], [], color=_DIFFERS[kind], marker="o", linewidth=1)) for kind in distinct(rows, "differs")]
     named += [Named("hollow: from different halves of the prompts", Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="none"))]
-    named += [Named("the most that halves can reach", Line2D([], [], color=INK, marker="|", linestyle="none", markersize=8))]
-    named += [Named("random, shuffled labels", Line2D([], [], color="#999999", alpha=0.4, linewidth=6))]
+    named += [Named("where hollow marks lie if both are one", Line2D([], [], color=INK, marker="|", linestyle="none", markersize=8))]
+    named += [Named("random, swapped labels", Line2D([], [], color="#999999", alpha=0.4, linewidth=6))]
     compose(figure, title, named)
-    caption = "Cosine of the two models' differences of means at each pair of places, at the layer chosen on held-out train prompts; in bold the pair that arXiv 2504.02904 compares. "
-    caption += "Filled: from the same prompts, whose quirks are in both directions, with 95% intervals (prompts resampled). Hollow: one direction from each half of the prompts; upright ticks "
-    caption += (
-        "are what two halves reach at one place, so hollow marks on the tick are the same direction. Grey: what random directions and shuffled labels reach."
-    )
+    whose = "of two models" if any(row["a"].startswith("base: ") for row in rows) else "within one model"
+    caption = f"Cosine of differences of means at two places {whose}, at the layer chosen on held-out train prompts; in bold the pair nearest to what arXiv 2504.02904 "
+    caption += "compares. Filled: from the same prompts, whose quirks are in both directions, with 95% intervals (pairs of prompts resampled). Hollow: one direction from each half of "
+    caption += "the pairs; upright ticks are what two halves reach at one place (geometric mean of both places, 0 where halves of one do not agree), so a hollow mark on its tick is one "
+    caption += "direction. Grey: 97.5% of random directions, or of labels swapped in half of the pairs, lie within."
     chart = Chart("bars", "pair", "value", "", "cosine", series="differs", panel="contrast", names=CONTRASTS, colours=_DIFFERS, lying=True, y_range=(-1, 1))
     return Plot(figure, title, caption, chart)
 
@@ -89,7 +91,8 @@ def by_layer(rows: Rows, *, title: str) -> Plot:
         whole_ticks(axis)
     axes[0].set_ylabel("cosine")
     compose(figure, title, [Named(pair, Line2D([], [], color=colour, marker=marker, linewidth=1), colour) for pair, (colour, marker) in looks.items()])
-    caption = "Cosine by layer, a panel a contrast; bands are 95% intervals (prompts resampled), dotted what two halves of the prompts reach. "
+    caption = "Cosine by layer, a panel a contrast; bands are 95% intervals (pairs of prompts resampled), dotted what halves of the prompts would reach were both directions one. "
+    caption += "At most four pairs of places are drawn; rows.jsonl has all."
     chart = Chart(
         "line", "layer", "value", "layer", "cosine", series="pair", panel="contrast", also={"ceiling": "split-half ceiling"}, names=CONTRASTS,
         colours={pair: colour for pair, (colour, _) in looks.items()},
@@ -121,7 +124,7 @@ def grid(rows: Rows, *, title: str) -> Plot:
 
 @in_style
 def probes(rows: Rows, *, title: str) -> Plot:
-    """AUROC on held-out prompts by place, a panel a contrast and topic; filled: mass mean, hollow: logistic. Rows: shown, place, move, method, value, low, high, n."""
+    """AUROC on held-out prompts by place, a panel a contrast and topic; filled: mass mean, hollow: logistic, if rows have it. Rows: shown, place, move, method, value, low, high, n."""
     shown, at, moves = distinct(rows, "shown"), distinct(rows, "place"), distinct(rows, "move")
     figure, axes = panels(len(shown), 1.9, across=2, sharex=True, sharey=True)
     looks = {move: ("#999999", "_") if move == "random direction" else (OKABE_ITO[i % 7], MARKERS[i % 7]) for i, move in enumerate(moves)}
@@ -143,11 +146,15 @@ def probes(rows: Rows, *, title: str) -> Plot:
         )
         axis.set_xticks(range(len(at)), [place.replace(" ", "\n") for place in at])
     outer(axes)
+    both = "logistic" in distinct(rows, "method")
     named = [Named(move, Line2D([], [], color=colour, marker=marker, linestyle="none"), colour) for move, (colour, marker) in looks.items()]
-    if "logistic" in distinct(rows, "method"):
+    if both:
         named.append(Named("hollow: logistic", Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="none")))
     compose(figure, title, named)
-    caption = "Area under the ROC on held-out prompts (of truth: topics that nothing was fitted on); filled marks project on the difference of means, hollow ones are logistic. "
+    caption = (
+        "Area under the ROC on held-out prompts (of truth: topics that nothing was fitted on) by where they are read; probes project on the difference of means"
+    )
+    caption += ", hollow ones are logistic. " if both else " (mass mean; logistic ones stand in summary.json). "
     caption += "Whiskers are bootstrap 95% intervals; grey the middle 95% of random directions, each taken the way round that does better."
     chart = Chart(
         "points",
@@ -166,7 +173,7 @@ def probes(rows: Rows, *, title: str) -> Plot:
 
 @in_style
 def steered(rows: Rows, *, title: str) -> Plot:
-    """Normalised indirect effect, a bar a direction and model, both ways. Rows: what, way, value, low, high, n."""
+    """Normalised indirect effect, a mark a direction and model, both ways. Rows: what, way, value, low, high, n."""
     what, ways = distinct(rows, "what"), distinct(rows, "way")
     figure, (axis,) = panels(1, 0.3 * len(what) + 0.6, width=DOUBLE)
     colours = {"F→T": "#0072B2", "T→F": "#D55E00"}
@@ -174,10 +181,13 @@ def steered(rows: Rows, *, title: str) -> Plot:
     for k, way in enumerate(ways):
         mine = [row for row in rows if row["way"] == way]
         at = [what.index(row["what"]) + 0.36 * (k - (len(ways) - 1) / 2) for row in mine]
-        axis.barh(at, column(mine, "value"), 0.34, xerr=whiskers(mine, "value"), color=colours.get(way, GREY), ecolor=INK)
+        look = {"color": colours.get(way, GREY), "marker": MARKERS[k], "markersize": 4.5, "linestyle": "none", "elinewidth": 1}
+        axis.errorbar(column(mine, "value"), at, xerr=whiskers(mine, "value"), **look)
     axis.set_yticks(range(len(what)), what)
-    axis.set(ylim=(len(what) - 0.5, -0.5), xlabel=f"normalised indirect effect: 0 as it was, 1 all the way; {counted(rows)}")
-    compose(figure, title, [Named(way, Line2D([], [], color=colours.get(way, GREY), linewidth=5)) for way in ways])
+    ends = [x for row in rows for x in (row["low"], row["high"]) if math.isfinite(x)]
+    axis.set(ylim=(len(what) - 0.5, -0.5), xlim=(min([-0.1, *ends]) - 0.01, max([0.1, *ends]) + 0.01))
+    axis.set_xlabel(f"normalised indirect effect: 0 as it was, 1 all the way; {counted(rows)}")
+    compose(figure, title, [Named(way, Line2D([], [], color=colours.get(way, GREY), marker=MARKERS[k], linewidth=1)) for k, way in enumerate(ways)])
     caption = "How far P(TRUE) − P(FALSE) of false statements moves towards 1 with the direction added (F→T), and that of true ones towards −1 with it taken away (T→F), in the form "
     caption += "of arXiv 2504.02904; direction of → steered model. Whiskers are bootstrap 95% intervals; random directions have the same norm at every layer."
     chart = Chart("bars", "what", "value", "", "normalised indirect effect", series="way", colours=colours, lying=True)
