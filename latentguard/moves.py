@@ -17,27 +17,30 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 def against(moved: Tensor, direction: Tensor) -> Row:
     """Cosine of the mean of `moved` [prompt, d_model] with a direction [d_model], and its coefficient on it, (mean · v) / ‖v‖², with a bootstrap
-    interval over prompts (arXiv 2504.03735: r_A against −r). NaN where either is zero.
+    interval over prompts (arXiv 2504.03735: r_A against −r), and both norms. NaN where either is zero.
     """
     moves, along = moved.double().numpy(), direction.double().numpy()
     size, length = float(along @ along), float(np.linalg.norm(moves.mean(0)))
+    norms = {"move_norm": length, "direction_norm": float(np.sqrt(size))}
     if not size > 0 or not length > 0:
-        return dict.fromkeys(("cosine", "coefficient", "coefficient_low", "coefficient_high"), np.nan)
+        return {**dict.fromkeys(("cosine", "coefficient", "coefficient_low", "coefficient_high"), np.nan), **norms}
     found = mean(moves @ along / size)
     cosine = found.value * np.sqrt(size) / length
-    return {"cosine": float(cosine), "coefficient": found.value, "coefficient_low": found.low, "coefficient_high": found.high}
+    return {"cosine": float(cosine), "coefficient": found.value, "coefficient_low": found.low, "coefficient_high": found.high, **norms}
 
 
-def against_nothing(moved: Tensor, directions: Sequence[Tensor], name: str) -> Row:
-    """The same two numbers with directions that mean nothing: between which 95% of them lie, as `cosine_{name}_low` and so on."""
+def against_nothing(moved: Tensor, directions: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """The same two numbers with directions that mean nothing, one a direction; NaN where either is zero."""
     move, along = moved.double().numpy().mean(0), np.stack([one.double().numpy() for one in directions])
     sizes, length = (along**2).sum(1), float(np.linalg.norm(move))
-    row: Row = {}
     with np.errstate(invalid="ignore", divide="ignore"):
-        for key, values in (("cosine", along @ move / np.sqrt(sizes) / length), ("coefficient", along @ move / sizes)):
-            ends = np.percentile(values, [2.5, 97.5]) if np.isfinite(values).all() else (np.nan, np.nan)
-            row |= {f"{key}_{name}_low": float(ends[0]), f"{key}_{name}_high": float(ends[1])}
-    return row
+        return {"cosine": along @ move / np.sqrt(sizes) / length, "coefficient": along @ move / sizes}
+
+
+def between(values: np.ndarray, name: str) -> Row:
+    """Between which 95% of the draws lie, as `{name}_low` and `{name}_high`; NaN where one is not finite."""
+    low, high = np.percentile(values, [2.5, 97.5]) if np.isfinite(values).all() else (np.nan, np.nan)
+    return {f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def distance_drawn(pair: Pair, seed: int) -> np.ndarray:

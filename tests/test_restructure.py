@@ -12,7 +12,7 @@ from latentguard.backends import Reply
 from latentguard.errors import InputError
 from latentguard.experiments.restructure import PREDICTED, Restructure
 from latentguard.judges import Phrases
-from latentguard.moves import against, against_nothing, distances_left, interval
+from latentguard.moves import against, against_nothing, between, distances_left, interval
 from latentguard.positions import Rendered
 from latentguard.prompts import Prompt, as_prompts
 from latentguard.restructured import no_answer
@@ -127,7 +127,7 @@ def test_what_was_planted_is_found_and_nothing_else(told):
     verdicts = {r["condition"]: r["verdict"] for r in summary["table"] if r["measure"] == GAP}
     assert verdicts == {
         "role_swap": PREDICTED,
-        "plain_roles": "refusal falls, but on its gauge both sides move alike: template sensitivity",
+        "plain_roles": "refusal falls, on its gauge not shown to",
         "role_dup": PREDICTED,
         "query_in_system": "refusal falls, harmfulness not shown to stay",
         "no_eot": "refusal does not fall",
@@ -226,6 +226,128 @@ def test_every_number_can_be_recounted_from_the_rows(told):
     assert all("prompt" not in x and "reply" not in x for x in rows), "scores hold no text"
 
 
+def test_each_figure_can_be_drawn_again_from_the_rows(told):
+    """Every central value and every null of the four figures, from numbers a prompt or a draw alone."""
+    summary, tracker = told
+    staged = {stage: [r for r in tracker.all_rows if r["stage"] == stage] for stage in ("structure_scores", "structure_shift_draws", "structure_attack_draws")}
+    by = {}
+    for r in staged["structure_scores"]:
+        by.setdefault((r["condition"], r["label"]), {})[r["request"]] = r
+
+    def moved(view, label, number, chosen=lambda then, now: True):
+        pairs = [(by["canonical", label][i], r) for i, r in by[view, label].items()]
+        return np.mean([number(now) - number(then) for then, now in pairs if chosen(then, now)])
+
+    def near(value, again):
+        assert value == pytest.approx(again, rel=1e-3, abs=1e-4)
+
+    for r in tracker.figures["structure_replies"]:
+        kinds = [x["kind"] for x in by[r["condition"], r["label"]].values()]
+        near(r["value"], np.mean([kind != "refused" if r["measure"] == "no refusal" else kind == r["measure"] for kind in kinds]))
+    for r in tracker.figures["structure_shifts"]:
+        near(r["value"], moved(r["condition"], r["label"], lambda x, gauge=r["measure"]: x[gauge]))
+        null = [x["value"] for x in staged["structure_shift_draws"] if all(x[key] == r[key] for key in ("condition", "measure", "label"))]
+        near((r["null_low"], r["null_high"]), tuple(np.percentile(null, [2.5, 97.5])))
+        assert len(null) == r["null_draws"] == STUDY.draws
+    for r in tracker.figures["structure_layers"]:
+        mean = {
+            (view, label): np.mean([x["by_layer"][r["measure"]][r["layer"] - 1] for x in by[view, label].values()])
+            for view in ("canonical", r["condition"])
+            for label in ("harmful", "harmless")
+        }
+        now, then = (mean[view, "harmful"] - mean[view, "harmless"] for view in (r["condition"], "canonical"))
+        near(r["value"], now / then)
+    turned = {"turned": lambda then, now: then["kind"] == "refused" and now["kind"] == "answered"}
+    attack = {(r["condition"], r["of"], r["layer"]): r for r in summary["attack"]}
+    for r in tracker.figures["structure_attack"]:
+        about, label = attack[r["condition"], r["of"], r["layer"]], "harmless" if r["of"] == "harmless" else "harmful"
+        step = -moved(r["condition"], label, lambda x, i=r["layer"] - 1: x["by_layer"]["refusal"][i], turned.get(r["of"], lambda then, now: True))
+        near(r["value"], step / about["move_norm" if r["part"] == "cosine" else "direction_norm"])
+        for null, draws in (("random", STUDY.draws), ("shuffled", STUDY.shuffles)):
+            each = [
+                x[r["part"]][r["layer"] - 1]
+                for x in staged["structure_attack_draws"]
+                if (x["condition"], x["of"], x["null"]) == (r["condition"], r["of"], null)
+            ]
+            near((r[f"{null}_low"], r[f"{null}_high"]), tuple(np.percentile(each, [2.5, 97.5])))
+            assert len(each) == draws
+    assert all(len(tracker.figures[name]) > 20 for name in summary["figures"])
+
+
+def test_utility_sinks_and_the_first_row_can_be_recounted_from_the_rows(told):
+    summary, tracker = told
+    rows = [r for r in tracker.all_rows if r["stage"] == "structure_scores"]
+    for condition in ("canonical", "role_swap", "role_dup"):
+        mine = [r for r in rows if r["condition"] == condition]
+        assert row(summary, condition, "utility")["value"] == pytest.approx(np.mean([r["utility"] for r in mine if r["label"] == "harmless"]))
+        for name in ("harmfulness", "harmfulness_inside", "refusal") if condition != "canonical" else ():
+            key = {"harmfulness": "t_inst", "harmfulness_inside": "left_at", "refusal": "t_post_inst"}[name]
+            assert row(summary, condition, GAP)[f"sinks_{key}"] == np.mean([r["norms"][name] > 5 for r in mine])
+    again = [r["as_canonical"] for r in rows if r["condition"] != "canonical"]
+    assert len(again) == summary["table"][0]["n"] and np.mean(again) == summary["table"][0]["value"]
+
+
+def test_scores_and_replies_of_one_request_have_one_id(told):
+    rows = told[1].all_rows
+    scores = {(r["condition"], r["prompt_id"]): r for r in rows if r["stage"] == "structure_scores"}
+    replies = {(r["condition"], r["prompt_id"]): r for r in rows if r["stage"] == "structure"}
+    assert scores.keys() == replies.keys() and len(scores) == 6 * 3 * 40
+    assert all((r["verdict"] == "refused") == (scores[key]["kind"] == "refused") for key, r in replies.items())
+    requests = {condition: {r["request"] for (at, _), r in scores.items() if at == condition} for condition, _ in scores}
+    assert all(mine == requests["canonical"] for mine in requests.values()) and len(requests["canonical"]) == 120
+
+
+TOLD = "AUROC of refused requests on the refusal gauge"
+
+
+def test_a_refusal_gauge_that_cannot_tell_refused_from_answered_tests_nothing(data):
+    class Blind(Structured):
+        """Where the reply begins the state says harmful or not, and nothing of what the model will do."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.post = lambda p: {"refusal": 0 if p.view == "role_swap" else A if p.harmful else -A}
+
+    summary, tracker = run(replace(STUDY, views=("role_swap", "no_eot")), data, Blind())
+    one, known = row(summary, "role_swap", GAP), row(summary, "canonical", TOLD, "harmful")
+    assert one["verdict"] == "refusal falls, but the refusal gauge does not tell refused from answered harmful requests: not tested"
+    assert known["low"] < 0.5 < known["high"] and (known["refused"], known["others"]) == (32, 8)
+    scores = [r for r in tracker.all_rows if r["stage"] == "structure_scores" and (r["condition"], r["label"]) == ("canonical", "harmful")]
+    sides = [[r["refusal"] for r in scores if (r["kind"] == "refused") is side] for side in (True, False)]
+    assert known["value"] == pytest.approx(np.mean([[a > b for b in sides[1]] for a in sides[0]]))
+    assert summary["headline"]["withheld"] and "claim withheld (the refusal gauge does not tell" in summary["claim"]
+    assert "as predicted in 0 of 2, not tested in 1" in summary["claim"] and "32 of 40 harmful requests refused" in summary["claim"]
+
+
+def test_a_gauge_that_tells_them_apart_says_so_where_there_are_enough(told):
+    summary, _ = told
+    known = row(summary, "canonical", TOLD, "harmful")
+    assert known["value"] == 1.0 and known["low"] > 0.5 and row(summary, "canonical", TOLD, "lookalike")["value"] == 1.0
+    gone = row(summary, "role_swap", TOLD, "harmful")
+    assert gone["refused"] == 0 and math.isnan(gone["value"]) and row(summary, "role_swap", GAP)["n_refused"] == 0
+
+
+def test_the_headline_is_of_structures_where_refusal_falls(data):
+    class Moving(Structured):
+        """With the roles swapped the refusal gauge loses everything, and the model refuses as ever."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            falls = self.refuses
+            self.refuses = lambda p: self.usual(p) if p.view == "role_swap" else falls(p)
+
+    summary, _ = run(replace(STUDY, views=("role_swap", "role_dup")), data, Moving())
+    swap, twice = (row(summary, view, GAP) for view in ("role_swap", "role_dup"))
+    assert swap["verdict"] == "refusal does not fall" and swap["low"] > 0.8
+    assert summary["headline"]["value"] == pytest.approx(twice["value"]) and not summary["headline"]["withheld"]
+    rest, beyond = (r for r in summary["table"] if r["condition"] == "refusal does not fall")
+    assert rest["value"] == pytest.approx(swap["value"]) and beyond["value"] == pytest.approx(twice["value"] - swap["value"])
+    assert beyond["low"] < 0 and "over those where it does not fall" in summary["claim"] and "no mark of a fall" in summary["claim"], "the control is told"
+    alone, _ = run(replace(STUDY, views=("role_swap",)), data, Moving())
+    assert alone["headline"]["withheld"] and math.isnan(alone["headline"]["value"])
+    assert "claim withheld (harmful refusal falls clearly of 0 in no structure" in alone["claim"]
+
+
 def test_a_structure_that_changes_nothing_before_the_request_does_not_count_as_harmfulness_that_stays(data):
     class Ending(Structured):
         """Refuses nothing without the mark behind the request."""
@@ -261,12 +383,12 @@ def test_a_final_mark_that_becomes_an_attention_sink_is_told_and_not_believed(da
     assert (one["harmfulness_left"] == pytest.approx(1, abs=0.1)) is (at == "last_word")
 
 
-def test_a_fall_that_look_alikes_share_is_template_sensitivity(data):
+def test_a_fall_that_look_alikes_share_is_not_as_predicted(data):
     summary, _ = run(
         replace(STUDY, views=("role_swap",)), data, Structured(usual=lambda p: number(p) % 10 < {"harmful": 8, "lookalike": 8, "harmless": 0}[p.label])
     )
     one = row(summary, "role_swap", GAP)
-    assert one["verdict"] == "refusal falls, not shown to fall more than on look-alikes: template sensitivity" and one["low"] > 0.8
+    assert one["verdict"] == "refusal falls, not shown to fall more than on look-alikes" and one["low"] > 0.8
     assert one["more_than_lookalike_low"] < 0 < one["more_than_lookalike_high"] and "as predicted in 0 of 1" in summary["claim"]
 
 
@@ -337,8 +459,12 @@ def test_a_move_against_a_direction():
 def test_nothing_is_as_random_as_it_should_be():
     generator = torch.Generator().manual_seed(0)
     drawn = list(torch.randn(200, 400, generator=generator))
-    found = against_nothing(torch.randn(5, 400, generator=generator), drawn, "random")
-    assert found["cosine_random_high"] == pytest.approx(1.96 / 20, rel=0.25) and found["cosine_random_low"] == pytest.approx(-1.96 / 20, rel=0.25)
+    moved = torch.randn(5, 400, generator=generator)
+    each = against_nothing(moved, drawn)
+    found = between(each["cosine"], "random")
+    assert found["random_high"] == pytest.approx(1.96 / 20, rel=0.25) and found["random_low"] == pytest.approx(-1.96 / 20, rel=0.25)
+    one = against(moved, drawn[7])
+    assert (each["cosine"][7], each["coefficient"][7]) == pytest.approx((one["cosine"], one["coefficient"])), "a draw is measured as the direction is"
 
 
 def test_what_is_left_of_a_distance():

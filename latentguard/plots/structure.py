@@ -20,7 +20,6 @@ from latentguard.plots.style import (
     figure_of,
     in_style,
     line_with_band,
-    outer,
     panels,
     plain,
     whiskers,
@@ -90,35 +89,54 @@ def _named(rows: Rows) -> dict[str, str]:
 @in_style
 def layers(rows: Rows, *, title: str, chosen: Mapping[str, int], depth: int) -> Plot:
     """What is left of the distance between harmful and plain harmless requests, by layer. Rows: condition, measure, position, layer, value,
-    low, high, n.
+    low, high, n, changes_before. Lines that cannot but lie on 1 are left out; an arrow at an edge is a value beyond it.
 
     Args:
         chosen: the layer of each gauge.
     """
     names, parts = distinct(rows, "condition"), _named(rows)
+    fixed = [name for name in names if not any(row["changes_before"] for row in rows if row["condition"] == name)]
+    rows = [row for row in rows if row["measure"] == "refusal" or row["changes_before"]]
+    parts = {part: words for part, words in parts.items() if part in distinct(rows, "measure")}
     looks = {name: (OKABE_ITO[i % 7], MARKERS[i % 7]) for i, name in enumerate(name for name in _SAYS if name != "canonical")}
-    figure, axes = panels(len(parts), 2.5, sharey=True)
+    figure, axes = panels(len(parts), 2.5)
     low, high = -0.25, 1.5
     for axis, part in zip(axes, parts, strict=True):
-        for name in names:
+        there = [row for row in rows if row["measure"] == part]
+        ends = max(low, min(column(there, "value")) - 0.05), min(high, max(column(there, "value")) + 0.05)
+        for k, name in enumerate(names):
             colour, marker = looks[name]
-            mine = [row for row in rows if (row["condition"], row["measure"]) == (name, part)]
-            line_with_band(axis, mine, "layer", "value", colour, alpha=0.08, marker=marker, markersize=2.6, linewidth=1)
+            mine = [row for row in there if row["condition"] == name]
+            at = {row["layer"]: row for row in mine}
+            gaps = [at.get(layer, {"layer": layer, "value": None, "low": None, "high": None}) for layer in range(1, depth + 1)] if mine else []
+            line_with_band(axis, gaps, "layer", "value", colour, alpha=0.08, marker=marker, markersize=2.6, linewidth=1)
+            _beyond(axis, mine, ends, colour, 0.25 * (k - (len(names) - 1) / 2))
         axis.axvline(chosen[part], color=GREY, linewidth=0.7, linestyle="--", zorder=0)
         for at in (0, 1):
             axis.axhline(at, color=GREY, linewidth=0.7, zorder=0)
-        axis.set(xlabel=f"layer; {parts[part]}", ylim=(low, high), xlim=(0, depth + 0.5))
+        axis.set(xlabel=f"layer; {parts[part]}", ylim=ends, xlim=(0, depth + 0.5))
     axes[0].set_ylabel("left of harmful − harmless")
-    outer(axes)
     compose(figure, title, [Named(_SAYS[name], Line2D([], [], color=looks[name][0], marker=looks[name][1], linewidth=1)) for name in names])
     caption = f"The distance of mean harmful from mean plain harmless requests along the difference of means of each layer, in parts of that in the canonical template, {counted(rows)}. "
-    caption += "Dashed: the layer of the gauge. Bands: 95% intervals over prompts; layers where the canonical distance is not clear of 0 are left out."
+    caption += "Dashed: the layer of the gauge. Bands: 95% intervals over prompts; layers where the canonical distance is not clear of 0 are left out. Each panel has its own scale"
+    outside = [row["value"] for row in rows if not low <= row["value"] <= high]
+    caption += f"; arrows at an edge: values beyond it, from {min(outside):.1f} to {max(outside):.1f}." if outside else "."
+    caption += f" Harmfulness is 1 by construction, and not drawn: {', '.join(_SAYS[name] for name in fixed)}." if fixed else ""
     chart = Chart(
         "line", "layer", "value", "layer", "left of harmful − harmless", series="condition", panel="measure", y_range=(low, high),
         names={**{f"measure={part}": words for part, words in parts.items()}, **{f"condition={name}": _SAYS[name] for name in names}},
         colours={name: looks[name][0] for name in names}, lines=(Line(1.0, "all of it"), Line(0.0, "nothing")),
     )  # fmt: skip
     return Plot(figure, title, caption, chart)
+
+
+def _beyond(axis: Any, rows: Rows, ends: tuple[float, float], colour: str, beside: float) -> None:
+    """An arrow at the edge for every value outside it, moved sideways by `beside` layers."""
+    for row in rows:
+        if not ends[0] <= row["value"] <= ends[1]:
+            edge, inside = (ends[0], 0.06) if row["value"] < ends[0] else (ends[1], -0.06)
+            tip, tail = (row["layer"] + beside, edge), (row["layer"] + beside, edge + inside * (ends[1] - ends[0]))
+            axis.annotate("", tip, tail, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1, "mutation_scale": 6, "shrinkA": 0, "shrinkB": 0})
 
 
 def attack_rows(rows: Rows) -> list[dict[str, Any]]:
@@ -133,8 +151,12 @@ def attack_rows(rows: Rows) -> list[dict[str, Any]]:
 
 
 @in_style
-def attack(rows: Rows, *, title: str) -> Plot:
-    """The mean move at the last token against the refusal direction. Rows: those of `attack_rows`."""
+def attack(rows: Rows, *, title: str, least: int, few: Mapping[str, int]) -> Plot:
+    """The mean move at the last token against the refusal direction. Rows: those of `attack_rows`.
+
+    Args:
+        few: structures in which fewer than `least` requests turned, so that these have no row, and how many did.
+    """
     caption = (
         f"The mean move of the last token's state from the canonical template to each structure, against −refusal at layer {rows[0]['layer']}: its cosine, and "
     )
@@ -142,8 +164,12 @@ def attack(rows: Rows, *, title: str) -> Plot:
         "(move · −r) / ‖r‖² (1: as far as from refused harmful to accepted harmless). Bands: 95% of random directions and of shuffled labels, of equal norm. "
     )
     caption += "Whiskers: 95% intervals over prompts."
+    if few:
+        caption += f" No diamond where fewer than {least} requests turned: {', '.join(f'{_SAYS.get(name, name)} ({n})' for name, n in few.items())}."
     nulls = {kind: (f"{kind}_low", f"{kind}_high") for kind in _NULLS}
-    return _dots(rows, title, caption, panel=("part", _PARTS), series=("of", _MOVERS), x_title="", nulls=nulls)
+    colour, marker, words = _MOVERS["turned"]
+    movers = {**_MOVERS, "turned": (colour, marker, f"{words} (where {least} or more)")}
+    return _dots(rows, title, caption, panel=("part", _PARTS), series=("of", movers), x_title="", nulls=nulls)
 
 
 def _dots(
