@@ -88,6 +88,7 @@ class Team(Alone):
     def __init__(self) -> None:
         self.size, self.rank, self.follows = dist.get_world_size(), dist.get_rank(), dist.get_rank() > 0
         self._words: Any = dist.new_group(backend="gloo", timeout=_AGES)
+        self._last: Any = None  # exchange of words: a thread of gloo that lets go of its tensors while Python ends would abort the process
         self._open: list[object] = []  # on rank 0: a question may be asked while the answers to another are read
         self._lost = False  # the others may stand anywhere
         self._code: object = 1
@@ -141,8 +142,8 @@ class Team(Alone):
         """Bring a word and do what the greatest says; returns how many bytes rank 0 sends next."""
         while True:
             told = torch.tensor([word, size])
-            work: Any = dist.all_reduce(told, dist.ReduceOp.MAX, group=self._words, async_op=True)
-            work.wait(limit or _AGES)
+            self._last = dist.all_reduce(told, dist.ReduceOp.MAX, group=self._words, async_op=True)
+            self._last.wait(limit or _AGES)
             said, coming = told.tolist()
             if said == _FAIL:
                 self._over()
@@ -169,14 +170,18 @@ class Team(Alone):
     def _send(self, word: int, value: object) -> None:
         data = torch.frombuffer(bytearray(cloudpickle.dumps(value)), dtype=torch.uint8)
         self._meet(word, len(data))
-        dist.broadcast(data, 0, group=self._words)
+        self._share(data)
 
     def _received(self, size: int) -> Any:
         if not size:
             raise self._out_of_step()
         data = torch.empty(size, dtype=torch.uint8)
-        dist.broadcast(data, 0, group=self._words)
+        self._share(data)
         return cloudpickle.loads(data.numpy().tobytes())
+
+    def _share(self, data: torch.Tensor) -> None:
+        self._last = dist.broadcast(data, 0, group=self._words, async_op=True)
+        self._last.wait()
 
     def _out_of_step(self) -> Exception:
         return AssertionError(f"rank {self.rank} is out of step with rank 0")

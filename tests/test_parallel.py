@@ -3,14 +3,17 @@
 There is no GPU in these tests. Two devices are pretended (cards.py) or one of them is a disk; two ranks are two processes on the CPU, gloo between them.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from latentguard import ranks
@@ -229,6 +232,30 @@ def left_by(folder):
     rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
     entries = sum(len(read_pack(pack.path).keys) for pack in packs_in(folder / "cache" / "store"))
     return {str(path.relative_to(run)) for path in run.rglob("*")}, rows, entries
+
+
+def test_the_last_exchange_is_held_until_the_process_ends(monkeypatch):
+    # Let go of by a thread of gloo just as Python ends, its tensors abort the process, and a finished job has exit code -6.
+    works = []
+
+    def noting(collective):
+        def call(*args, **settings):
+            work = collective(*args, **settings)
+            works.append(weakref.ref(work))
+            return work
+
+        return call
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(dist, name, noting(getattr(dist, name)))
+    team = ranks.Team()
+    for code in (2, 0):
+        team._done = False
+        team.dismiss(code)
+        gc.collect()
+        assert works[-1]() is not None and works[-2]() is None
+    assert not dist.is_initialized()
 
 
 @pytest.mark.slow
