@@ -115,7 +115,7 @@ def auroc(positive: Numbers, negative: Numbers) -> Value:
     return Value(float(won.mean()), *bounds, len(high) + len(low))
 
 
-def clustered_auroc(positive: Numbers, negative: Numbers, of_positive: Sequence, of_negative: Sequence) -> Value:
+def clustered_auroc(positive: Numbers, negative: Numbers, of_positive: Sequence | np.ndarray, of_negative: Sequence | np.ndarray) -> Value:
     """AUROC where scores belong to clusters (`of_…`, one each): these are resampled, so scores of one do not count as independent. Scores in one
     cluster alone have the interval of `auroc`.
     """
@@ -268,7 +268,7 @@ def at_fpr(negative: Numbers, fpr: float) -> float:
     return float(low[int(math.floor(fpr * len(low)))])
 
 
-def pearson(x: Numbers, y: Numbers, of: Sequence[str] | None = None) -> Value:
+def pearson(x: Numbers, y: Numbers, *, of: Sequence[str] | None = None) -> Value:
     """Pearson's r with Fisher's z interval; NaN under four points or without spread. Where points belong to prompts (`of`, [point]), these are
     resampled, and n is their number.
     """

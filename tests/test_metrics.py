@@ -5,7 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from latentguard.metrics import auroc, base_rate_gate, clustered_auroc, clustered_rate, log_odds, mean, paired_difference, pearson, rate, split_half, tpr_at_fpr, wilson
+from latentguard.metrics import (
+    auroc,
+    base_rate_gate,
+    clustered_auroc,
+    clustered_rate,
+    log_odds,
+    mean,
+    paired_difference,
+    pearson,
+    rate,
+    split_half,
+    tpr_at_fpr,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (11, 12, 0.6461, 0.9851), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])

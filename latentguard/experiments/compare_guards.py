@@ -240,9 +240,10 @@ class CompareGuards:
         summary["headline"] = headline(f"AUROC of Latent Guard on {where}", at[GUARD], "higher", withheld=bool(thin))
         summary["claim"] = _claim(summary["model"], table, at, found, main, other, bool(thin))
         shown = [{**row, "of": _of(row)} for row in table if row["is"] == "AUROC" and not row["set"].startswith("test: ")]
-        spoken = [row for row in shown if row["set"] not in (*held.sets, AWAY, HOME)]
+        sets_alone = {*map(str, held.sets), AWAY, HOME}  # the others are of one language
+        spoken = [row for row in shown if row["set"] not in sets_alone]
+        shown = [row for row in shown if row["set"] in sets_alone]
         tells = "harmful against harmless, by set and detector"
-        shown = [row for row in shown if row not in spoken]
         tracker.figure("guard_compare", areas_by_set(shown, title=f"{summary['model']}: {tells}"), shown)
         summary["figures"] = ["guard_compare"]
         if spoken:

@@ -273,7 +273,8 @@ class _OverRefusal:
                 rows.append({"part": "swaps", "measure": measure, "filler": by_what, "word": way, "label": "lookalike", **numbers(mean(list(of.values())))})
         known = [(x, -change["refusal gauge"][k], before) for k, (_, before, _, x) in enumerate(swaps) if x == x]
         about = {"part": "swaps", "measure": "r of attribution and drop in the refusal gauge", "filler": filler or "(out)", "word": "any", "label": "lookalike"}
-        return [*rows, about | numbers(pearson(*zip(*known, strict=True)))]
+        x, drop, of = zip(*known, strict=True)
+        return [*rows, about | numbers(pearson(x, drop, of=of))]
 
     def _gate(self) -> tuple[list[Row], Row]:
         """Ablate the refusal direction where the latent says harmless. A gated reply is the ablated model's where the gate is open and the
