@@ -6,6 +6,7 @@ The grammar, everything relative to the last user turn ("the instruction"):
     post(1)       the first token the template adds after it t_post_inst   the last one
     last_word     the token with the last letter or digit of the instruction
     user          every token of the instruction             all           every token of the prompt
+    user[16:48]   those of its tokens, counted from 0 or, as user[-5:], from its end; as far as it has them
     before("…")   every token before that text in the instruction, the template's and system's included
     between("…", "…")   the tokens of the instruction after the one text and before the other
     reply         every token with which the reply has begun (`Prompt.begun`); t_post_inst is then its last
@@ -20,11 +21,11 @@ from latentguard.errors import InputError
 
 _ATOM = re.compile(
     r"""(?P<inst>t_inst)(?:-(?P<back>\d+))?$|(?P<last>t_post_inst)$|post\((?P<post>\d+)\)$|(?P<word>last_word)$"""
-    r"""|(?P<user>user)$|(?P<all>all)$|(?P<reply>(?:to_)?reply)$|before\((?P<quote>["'])(?P<before>.+)(?P=quote)\)$"""
+    r"""|(?P<user>user)(?:\[(?P<from>-?[0-9]{1,9})?:(?P<to>-?[0-9]{1,9})?\])?$|(?P<all>all)$|(?P<reply>(?:to_)?reply)$|before\((?P<quote>["'])(?P<before>.+)(?P=quote)\)$"""
     r"""|between\((?P<q1>["'])(?P<after>.+?)(?P=q1)\s*,\s*(?P<q2>["'])(?P<until>.+)(?P=q2)\)$""",
     re.DOTALL,
 )
-GRAMMAR = 't_inst, t_inst-1, t_post_inst, post(1), last_word, user, all, before("text"), between("text", "text"), reply, to_reply, mean(user)'
+GRAMMAR = 't_inst, t_inst-1, t_post_inst, post(1), last_word, user, user[-5:], all, before("text"), between("text", "text"), reply, to_reply, mean(user)'
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class Position:
         if found["all"]:
             return list(range(len(rendered)))
         if found["user"]:
-            return user
+            part = user[slice(*(int(found[end]) if found[end] else None for end in ("from", "to")))]
+            if not part:
+                raise InputError(f"{self._at(rendered)}: none of the instruction's {len(user)} tokens lies there")
+            return part
         if found["inst"]:
             back = int(found["back"] or 0)
             if rendered.offsets[user[-1]][1] > rendered.user[1]:

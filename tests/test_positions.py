@@ -58,6 +58,8 @@ def test_post_positions_walk_the_template_tail(family, tail):
 def test_positions_by_name():
     text = 'Open the "red" door, then stop...'
     assert at(CHATML, text, "user") == text
+    assert at(CHATML, text, "user[5:9]") == text[5:9]
+    assert at(CHATML, text, "user[-3:]") == "..." and at(CHATML, text, "user[:4]") == "Open" and at(CHATML, text, "user[30:99]") == text[30:]
     assert at(CHATML, text, "t_inst-4") == "o"
     assert at(CHATML, text, "last_word") == "p"
     assert at(CHATML, text, 'before("door")').endswith('Open the "red" ')
@@ -76,13 +78,20 @@ def test_thinking_is_switched_off_where_there_is_a_switch():
     assert Template(tiny_tokenizer(THINKING)).render(Prompt.of("hi")).text.endswith("</think>\n\n")
 
 
-@pytest.mark.parametrize("name", ["t_last", "post(0)", "post(-1)", "t_inst+1", "", "mean()", "mean(mean(user))", "before(x)", 7])
+@pytest.mark.parametrize(
+    "name", ["t_last", "post(0)", "post(-1)", "t_inst+1", "", "mean()", "mean(mean(user))", "before(x)", "user[]", "user[3]", "user[1.5:]", 7]
+)
 def test_names_outside_the_grammar_are_refused(name):
     with pytest.raises(InputError, match="position"):
         parse_position(name)
 
 
-@pytest.mark.parametrize("name", ["user", "all", 'before("x")'])
+def test_a_stretch_that_the_instruction_does_not_reach_is_one_sentence():
+    with pytest.raises(InputError, match="none of the instruction's 3 tokens"):
+        at(CHATML, "Hi.", "mean(user[3:])")
+
+
+@pytest.mark.parametrize("name", ["user", "user[-5:]", "all", 'before("x")'])
 def test_many_tokens_are_not_read_as_one(name):
     with pytest.raises(InputError, match="mean"):
         parse_position(name, reading=True)
