@@ -1,13 +1,15 @@
-"""How a guard's prompts end. Knows no state and no token.
+"""How a guard is shown its prompts. Knows no state and no token.
 
 The state of an instruction's last token is dominated by that token (docs/gotchas.md). A `period` guard ends every text the same way, in
-training and in use; a `mixed` one sees all endings in training and takes text as it stands, which is what generation gives it.
+training and in use, and sees it in plain letters (letters.py); a `mixed` one sees all endings in training and takes text as it stands,
+which is what generation gives it.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from latentguard.errors import InputError
+from latentguard.guards.letters import plain
 from latentguard.prompts import Message, Prompt, as_prompts, digest, set_terminal
 
 MARKS = ("period", "mixed")
@@ -25,12 +27,12 @@ def check_terminal(terminal: str) -> None:
 
 
 def seen(prompts: object, terminal: str) -> list[Prompt]:
-    """Prompts as a guard is to see them: blanks around the last user turn gone, and under `period` one period at its end.
+    """Prompts as a guard is to see them: blanks around the last user turn gone, and under `period` plain letters and one period at its end.
 
     Raises:
         InputError: for an empty text.
     """
-    return [_ended(_bare(prompt), terminal) for prompt in as_prompts(prompts)]
+    return [_ended(_bare(prompt, terminal), terminal) for prompt in as_prompts(prompts)]
 
 
 def training(prompts: Sequence[Prompt], terminal: str) -> list[Prompt]:
@@ -70,8 +72,8 @@ def _until_user(messages: object) -> object:
     return list(messages[: users[-1] + 1])
 
 
-def _bare(prompt: Prompt) -> Prompt:
-    text = prompt.instruction.strip()
+def _bare(prompt: Prompt, terminal: str) -> Prompt:
+    text = (plain(prompt.instruction) if terminal == "period" else prompt.instruction).strip()
     return prompt if text == prompt.instruction else replace(prompt, messages=(*prompt.messages[:-1], Message("user", text)))
 
 
