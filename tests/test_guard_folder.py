@@ -310,6 +310,8 @@ def legitimate(place, value, found):
         return number and value in ((0, 2**53) if place[-1] in ("low", "n") else ())
     if place in (("name",), ("model", "name"), ("model", "weights"), ("model", "template")) or place[0] == "libraries":
         return value == "0.5"
+    if place == ("piece",):
+        return value is None or value is DELETED  # as guards of before are
     if place == ("sha256",):
         return False
     if place[0] == "layers":

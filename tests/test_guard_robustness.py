@@ -278,7 +278,8 @@ def test_it_scores_the_model_after_refusal_is_trained_away_and_leaves_the_model_
     backend = sure()
     before = snapshot(backend)
     lora = Lora(rank=4, alpha=16.0, learning_rate=0.02, epochs=3, batch_size=4)
-    search = {"positions": (("t_inst", "t_post_inst"),), "criterion": "within"}
+    # Pieces are put together after calibration, which may change ranks.
+    search = {"positions": (("t_inst", "t_post_inst"),), "criterion": "within", "piece": None}
     study = StressGuard(families=("marks",), n_test=12, finetune=True, n_train=6, n_watched=3, max_new_tokens=3, openings=("Sure",), lora=lora, search=search)  # type: ignore[arg-type]
     tracker = Memory()
     summary = study(backend, small, Phrases(), tracker)

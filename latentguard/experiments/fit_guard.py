@@ -58,7 +58,7 @@ class FitGuard:
         states = States(backend, data, candidates, self.search)
         guard = fitted(data, states, candidates, self.name or "")
         best = Candidate(guard.method, guard.layers, guard.positions, float(guard.about["strength"]))
-        scores = guard.probabilities(states.of("test", best))
+        scores = guard.rescored(guard.probabilities(states.of("test", best)), states.shown["test"])
         table = [*self._within(scores, states, tracker), *self._promises(guard)]
         found = _Unseen(best, states) if self.leave_out else None
         unseen = found.rows() if found else []

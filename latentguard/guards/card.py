@@ -145,6 +145,11 @@ def _limits(guard: "LatentGuard", about: About) -> list[str]:
         if guard.terminal == "period"
         else "It was fitted on mixed final marks and takes texts as they stand, so that it may guard generation (`backend.generate(guard=…)`)."
     )
+    long = (
+        f"Turns of more than {2 * guard.piece} tokens are scored in pieces of about {guard.piece}: the answer is the odds that a harmful request stands in one."
+        if guard.piece
+        else "Texts are scored whole, however long: a request amid much other text is mostly missed."
+    )
     spoken = ", ".join(text(one) for one in about.data.languages) if about.data and about.data.languages else ""
     language = (
         f"Fitted on {spoken}; another language is untested."
@@ -165,6 +170,7 @@ def _limits(guard: "LatentGuard", about: About) -> list[str]:
         "**Not for:** a verdict on a person, or the only ground of a decision about one; law enforcement; a safety guarantee.",
         "**Replies are not judged**, nor what a system text or an earlier turn asks for: the score is of the last user turn, seen after what came before it.",
         f"**One model.** It holds for the weights and the chat template below and for no other. {live}",
+        long,
         language,
         rewrites,
         _shares(about),

@@ -17,6 +17,7 @@ from latentguard import __version__
 from latentguard.errors import InputError
 from latentguard.guards.calibration import Calibration, Threshold, promise
 from latentguard.guards.marks import check_terminal
+from latentguard.guards.pieces import LEAST, MOST
 from latentguard.guards.probes import METHODS
 from latentguard.guards.seen import About
 from latentguard.positions import parse_position
@@ -118,6 +119,7 @@ class Fields:
     libraries: dict[str, Line]
     created: Annotated[str, AfterValidator(_moment)]
     sha256: Hashes
+    piece: Annotated[int, Field(ge=LEAST, le=MOST)] | None = None
 
     @field_validator("layers")
     @classmethod
@@ -203,7 +205,7 @@ def described(guard: "LatentGuard", tensors: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "name": guard.name,
         "model": {"name": guard.model, **{key: getattr(guard, key) for key in ("weights", "template", "n_layers", "d_model")}},
-        **{key: getattr(guard, key) for key in ("layers", "positions", "terminal", "method")},
+        **{key: getattr(guard, key) for key in ("layers", "positions", "terminal", "piece", "method")},
         "calibration": {key: getattr(guard.calibration, key) for key in kinds[guard.calibration.kind]},
         "thresholds": {name: one.as_dict() for name, one in guard.thresholds.items()},
         "domains": {domain: {name: one.as_dict() for name, one in own.items()} for domain, own in guard.domains.items()},

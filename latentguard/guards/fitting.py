@@ -87,9 +87,8 @@ def fitted(data: "Dataset", states: States, candidates: Sequence[Candidate], nam
     tried = [{**asdict(one), "auroc": judged(one, states)} for one in tqdm(candidates, desc="guard candidates", leave=False, delay=2)]
     best = candidates[int(np.argmax([row["auroc"] for row in tried]))]
     probe = fit_on(best, states, _everyone(states))
-    raw = {split: probe.raw(states.of(split, best)).numpy() for split in SPLITS}
+    raw = {split: probe.raw(states.of(split, best)).numpy() for split in ("validation", "test")}
     calibration = calibrated(search.calibration, raw["validation"], harmful["validation"])
-    scores = {split: calibration(found) for split, found in raw.items()}
     made = LatentGuard(
         name=name or f"{data.name}_{backend.name}",
         model=backend.name,
@@ -103,11 +102,14 @@ def fitted(data: "Dataset", states: States, candidates: Sequence[Candidate], nam
         method=best.method,
         probe=probe,
         calibration=calibration,
-        thresholds=promised(scores["validation"], harmful["validation"], search.thresholds),
+        thresholds={},
         reference=Reference.of(states.of("train", best), states.of("validation", best), raw["validation"]),
-        domains=_domains(scores["validation"], harmful["validation"], states.prompts["validation"], search),
         backend=backend,
+        piece=search.piece,
     )
+    scores = {split: made.rescored(calibration(found), states.shown[split]) for split, found in raw.items()}
+    domains = _domains(scores["validation"], harmful["validation"], states.prompts["validation"], search)
+    made = replace(made, thresholds=promised(scores["validation"], harmful["validation"], search.thresholds), domains=domains)
     found = areas({"guard": raw["test"], **states.alone}, harmful["test"])
     about = {
         "search": asdict(search),

@@ -101,6 +101,7 @@ def _made(fields: Fields, about: dict[str, Any], blob: bytes, where: str, tensor
         layers=fields.layers,
         positions=fields.positions,
         terminal=fields.terminal,
+        piece=fields.piece,
         method=fields.method,
         probe=probe,
         calibration=calibration,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentguard.errors import InputError
@@ -19,6 +19,7 @@ from latentguard.guards.calibration import Calibration, Threshold, calibrated, n
 from latentguard.guards.drift import Drift, Reference, drift, finite
 from latentguard.guards.lineage import read_on
 from latentguard.guards.marks import seen, training, turns
+from latentguard.guards.pieces import apart, together
 from latentguard.guards.probes import Probe
 from latentguard.prompts import Prompt
 
@@ -51,6 +52,7 @@ class LatentGuard:
         method: one of probes.METHODS; `probe` is what was fitted.
         calibration: raw scores → probabilities.
         thresholds: by what they promise: "fpr=0.01", "fpr=0.05", "recall=0.95", as far as validation has prompts enough.
+        piece: tokens of the pieces in which longer texts are scored (pieces.py); None: every text whole.
         domains: thresholds chosen on one domain's own prompts, by the domain's name.
         reference: what validation looked like, for `drift`.
         about: what made it and what it was seen to do, as JSON holds it: data, validation and test numbers, baselines, warnings.
@@ -72,6 +74,7 @@ class LatentGuard:
     thresholds: dict[str, Threshold]
     reference: Reference
     domains: dict[str, dict[str, Threshold]] = field(default_factory=dict)
+    piece: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
     backend: "Backend | None" = None
 
@@ -145,12 +148,18 @@ class LatentGuard:
     # Used.
 
     def score(self, prompts: object) -> Float[np.ndarray, " prompt"]:
-        """P(harmful) of each prompt's last user turn, calibrated; one forward pass that ends at the guard's deepest layer.
+        """P(harmful) of each prompt's last user turn, calibrated; one forward pass that ends at the guard's deepest layer. Turns of more than
+        twice `piece` tokens are passed in pieces, and the answer is the odds that a harmful request stands in one of them.
 
         Args:
             prompts: strings, Prompts, or conversations (lists of {role, content}).
         """
-        return self.calibration(self.raw(prompts))
+        passed, rows = self.passed(prompts)
+        return together(self.probabilities(self.states(passed)), rows)
+
+    def passed(self, prompts: object) -> tuple[list[Prompt], Int[np.ndarray, " passed"]]:
+        """What the model is given when prompts are scored, and the row of the prompt that each text is of, or is a piece of."""
+        return apart(self._model(), seen(prompts, self.terminal), self.piece, self.terminal, self.positions)
 
     def score_chat(self, messages: object) -> list[Turn]:
         """P(harmful) of every user turn of one conversation, each seen with what was said before it."""
@@ -182,14 +191,17 @@ class LatentGuard:
         return self.calibration(self.probe.raw(finite(states.cpu())).numpy())
 
     def raw(self, prompts: object) -> np.ndarray:
-        """The probe's own scores, before calibration."""
+        """The probe's own scores of whole texts, before calibration."""
         return self.probe.raw(self.states(seen(prompts, self.terminal))).numpy()
 
     def states(self, prompts: Sequence[Prompt]) -> Float[Tensor, "prompt layer position d_model"]:
         """What the guard reads of prompts that stand as it is to see them."""
+        return finite(self._model().read(list(prompts), self.layers, self.positions).values)
+
+    def _model(self) -> "Backend":
         if self.backend is None:
             raise InputError(f"guard {self.name} has no model yet: LatentGuard.load(folder, backend), or guard.on(backend), with {self.model}")
-        return finite(self.backend.read(list(prompts), self.layers, self.positions).values)
+        return self.backend
 
     # Fitted to other traffic.
 
@@ -201,12 +213,22 @@ class LatentGuard:
         states = torch.cat([self.states(shown[at : at + 256]) for at in range(0, len(shown), 256)])
         raw, harmful = self.probe.raw(states).numpy(), np.array([bool(p.harmful) for p in prompts])
         calibration = calibrated(kind or self.calibration.kind, raw, harmful)
-        made = replace(self, calibration=calibration, thresholds=promised(calibration(raw), harmful), domains={})
+        made = replace(self, calibration=calibration, domains={})
+        made = replace(made, thresholds=promised(made.rescored(calibration(raw), shown), harmful))
         reference = replace(self.reference, raw=Reference.of(states, states, raw).raw, n=len(raw))
-        assert self.backend
-        done = {"n": len(raw), "harmful": int(harmful.sum()), "model": self.backend.name, "weights": self.backend.weights}
+        backend = self._model()
+        done = {"n": len(raw), "harmful": int(harmful.sum()), "model": backend.name, "weights": backend.weights}
         made = replace(made, reference=reference, about={**self.about, "recalibrated": done})
-        return replace(made, about=read_on(made, self.backend))
+        return replace(made, about=read_on(made, backend))
+
+    def rescored(self, scores: np.ndarray, shown: Sequence[Prompt]) -> np.ndarray:
+        """Probabilities of whole texts with those of long ones put right: the ones that `score` gives in pieces."""
+        rows = np.bincount(self.passed(shown)[1]) > 1
+        if not rows.any():
+            return scores
+        scores = scores.copy()
+        scores[rows] = self.score([p for p, long in zip(shown, rows, strict=True) if long])
+        return scores
 
     def with_domain(self, name: str, prompts: Sequence[Prompt]) -> "LatentGuard":
         """The same guard with thresholds of one domain's own, chosen on its labelled prompts (harmless ones alone give those for
@@ -220,9 +242,10 @@ class LatentGuard:
 
     def drift(self, prompts: object) -> Drift:
         """Whether unlabelled traffic looks like what the guard was validated on."""
-        states = self.states(seen(prompts, self.terminal))
+        shown = seen(prompts, self.terminal)
+        states = self.states(shown)
         raw = self.probe.raw(states).numpy()
-        scores = self.calibration(raw)
+        scores = self.rescored(self.calibration(raw), shown)
         return drift(self.reference, states, raw, {name: scores >= one.value for name, one in self.thresholds.items()})
 
 

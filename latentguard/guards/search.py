@@ -14,6 +14,7 @@ from latentguard.guards.calibration import KINDS, promise
 from latentguard.guards.forms import FORMS, check_forms
 from latentguard.guards.guard import PROMISES
 from latentguard.guards.marks import check_terminal
+from latentguard.guards.pieces import check_piece
 from latentguard.guards.probes import METHODS
 from latentguard.layers import resolve_layers
 from latentguard.positions import parse_position
@@ -40,6 +41,8 @@ class Search:
         families: names for sources that belong together, so that none of a family is trained on while another is scored.
         balance: whether every source counts with the root of its size on either side, and both sides alike.
         terminal: how texts end (marks.py).
+        piece: tokens of the pieces in which texts of more than twice as many are scored (pieces.py); None: whole. Probes are fitted and candidates
+            compared on whole texts; thresholds and the numbers of the splits are of what `score` gives.
         forms: of forms.py; every train prompt has a twin in one of them, of the same label, which is fitted on beside it and neither scored nor
             calibrated on. Empty: none.
         calibration: platt or isotonic.
@@ -56,6 +59,7 @@ class Search:
     families: dict[str, tuple[str, ...]] | None = None
     balance: bool = True
     terminal: str = "period"
+    piece: int | None = 24
     forms: tuple[str, ...] = FORMS
     calibration: str = "platt"
     thresholds: tuple[str, ...] = PROMISES
@@ -79,6 +83,7 @@ class Search:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, known))}")
         check_terminal(self.terminal)
+        check_piece(self.piece)
         check_forms(self.forms)
         for name in self.thresholds:
             promise(name)

@@ -161,6 +161,6 @@ def _strips(backend: Any) -> bool:
 
 
 def _about(guard: Any) -> dict[str, Any]:
-    known = {key: getattr(guard, key, None) for key in ("name", "model", "weights", "template", "layers", "positions", "terminal")}
+    known = {key: getattr(guard, key, None) for key in ("name", "model", "weights", "template", "layers", "positions", "terminal", "piece")}
     numbers = {name: {key: getattr(found, key) for key in ("value", "low", "high", "n") if hasattr(found, key)} for name, found in guard.thresholds.items()}
     return {**{key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}, "thresholds": numbers}
