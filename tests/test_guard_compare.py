@@ -24,7 +24,7 @@ from latentguard.guards.probes import fit_probe
 from latentguard.guards.rivals import RIVALS, Rivals, flops, inmost
 from latentguard.guards.search import Search
 from latentguard.judges import Phrases
-from latentguard.metrics import best_f1, wilson
+from latentguard.metrics import Value, best_f1, tpr_at_fpr, wilson
 from latentguard.plots.guards import areas_by_set, low_false_alarms
 from latentguard.prompts import Message, Prompt
 from latentguard.roles import Casting
@@ -123,7 +123,7 @@ def scores_of(tracker):
 
 def test_every_number_can_be_counted_again_from_the_rows(compared):
     summary, tracker = compared
-    scored, ids = scores_of(tracker), {"pool": set()}
+    scored, anew, rng = scores_of(tracker), set(), np.random.default_rng(1)
     assert set(scored) == {"latent_guard", *RIVALS}
     assert not [key for one in tracker.all_rows if one["stage"] == "guard_compare" for key in one if key in ("prompt", "reply")]
     told = 0
@@ -136,6 +136,13 @@ def test_every_number_can_be_counted_again_from_the_rows(compared):
         if line["set"] == "elsewhere, pooled":
             rows = [r for r in rows if r["prompt_id"] != "repeat-0"]
         y, s = np.array([r["label"] == "harmful" for r in rows]), np.array([r["score"] for r in rows])
+        if line["rule"].endswith("half of its own harmless prompts"):
+            halves = [rng.permutation(s[~y]) for _ in range(200)]
+            cuts = [(np.sort(low[: len(low) // 2])[::-1][int(0.05 * (len(low) // 2))], low[len(low) // 2 :]) for low in halves]
+            shares = [np.mean((s[y] if line["is"] == "recall" else rest) > cut) for cut, rest in cuts]
+            assert line["value"] == pytest.approx(np.mean(shares), abs=0.03) and line["low"] <= line["value"] <= line["high"], line
+            anew.add((line["set"], line["is"]))
+            continue
         assert line["n"] == len(rows), line
         told += 1
         if line["is"] == "AUROC":
@@ -155,7 +162,7 @@ def test_every_number_can_be_counted_again_from_the_rows(compared):
                 assert (line["lookalike_fpr"], line["lookalike_fpr_low"], line["n_lookalike"]) == (found.rate, found.low, found.n)
             else:
                 assert line["value"] == flagged.mean()
-    assert told > 200 and ids
+    assert told > 200 and anew == {(name, measure) for name in ("elsewhere, pooled", "mixed", "test, pooled") for measure in ("recall", "FPR")}
 
 
 def test_refusal_with_a_detector_in_front_can_be_counted_again(compared):
@@ -201,6 +208,26 @@ def test_thresholds_are_those_of_the_validation_split(compared):
         assert np.mean(np.array(low) > rules["fpr=0.05 on validation"]) <= 0.05
     assert summary["thresholds"]["latent_guard_paper"]["its own"] == 0
     assert row(summary, "elsewhere, pooled", "latent_guard_paper", "F1", rule="its own")["threshold"] == 0
+
+
+def test_thresholds_set_on_half_of_a_sets_own_harmless_prompts_keep_their_promise_on_the_other_half():
+    rng = np.random.default_rng(0)
+    harmful = np.arange(600) < 200
+    scores = rng.normal(size=600) + 2.0 * harmful + 5.0  # all of the traffic lies above what validation saw
+    mask = np.ones(600, bool)
+    held = tallies.Held([], *[np.array([])] * 2, harmful, *[np.array([])] * 3)
+    one = tallies.Scored("latent_guard", "tested", "", scores, {}, Value(0.0, 0.0, 0.0, 0), Value(0.0, 0.0, 0.0, 0))
+    recall, alarms = tallies.set_anew("theirs", tallies.Part(mask, mask), held, {"latent_guard": one}, 0.05)
+    assert [(r["is"], r["n"], r["rule"]) for r in (recall, alarms)] == [
+        ("recall", 200, "fpr=0.05 on half of its own harmless prompts"),
+        ("FPR", 200, "fpr=0.05 on half of its own harmless prompts"),
+    ]
+    assert alarms["low"] < 0.05 < alarms["high"] < 0.13 and alarms["value"] == pytest.approx(0.05, abs=0.01)
+    truth = tpr_at_fpr(scores[harmful], scores[~harmful], 0.05).value
+    assert recall["low"] < truth < recall["high"] and recall["value"] == pytest.approx(truth, abs=0.05)
+    for own in (harmful, ~harmful, np.arange(600) < 239):  # one side alone, or 39 harmless ones: half of them carry no threshold
+        assert not tallies.set_anew("theirs", tallies.Part(own, own), held, {"latent_guard": one}, 0.05)
+    assert tallies.set_anew("theirs", tallies.Part(first := np.arange(600) < 240, first), held, {"latent_guard": one}, 0.05)
 
 
 def test_no_label_of_the_test_split_changes_a_score_or_a_threshold(data, elsewhere, compared):

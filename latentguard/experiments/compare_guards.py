@@ -28,7 +28,7 @@ from latentguard.guards.front import COIN, fronted
 from latentguard.guards.guard import LatentGuard
 from latentguard.guards.rivals import ASK, RIVALS, Rival, Rivals, inmost, of_guard, of_model, there
 from latentguard.guards.search import Search, candidates_of
-from latentguard.guards.tallies import AHEAD, AWAY, BEST_F1, GUARD, HOME, KINDS, Held, Scored, costs, curve, lines, other_rules
+from latentguard.guards.tallies import AHEAD, AWAY, BEST_F1, GUARD, HOME, KINDS, Held, Scored, costs, curve, lines, other_rules, set_anew
 from latentguard.interventions import Cell, Grid
 from latentguard.judges import Judge
 from latentguard.metrics import Value, as_text, at_fpr, base_rate_gate, best_f1, mean
@@ -227,6 +227,7 @@ class CompareGuards:
         main = next(iter(sets))
         table = [row for name, part in sets.items() for row in lines(name, part, held, found)]
         table += [row for name in (AWAY, HOME) if name in sets for row in other_rules(name, sets[name], held, found)]
+        table += [row for name, part in sets.items() if name in (AWAY, HOME, *away) for row in set_anew(name, part, held, found, self.fpr, self.seed)]
         table += costs(found)
         at = {row["detector"]: row for row in table if (row["set"], row["is"], row["negatives"]) == (main, "AUROC", "all")}
         harmful = int((sets[main].own & held.harmful).sum())

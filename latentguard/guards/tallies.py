@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latentguard.datasets import Dataset, same_words
-from latentguard.metrics import Rate, Value, auprc, auroc, f1, mcnemar, paired_auroc, rate, tpr_at_fpr
+from latentguard.metrics import Rate, Value, at_fpr, auprc, auroc, f1, mcnemar, paired_auroc, rate, tpr_at_fpr
 from latentguard.prompts import Prompt
 
 Row = dict[str, Any]
@@ -17,6 +17,7 @@ GUARD, AWAY, HOME = "latent_guard", "elsewhere, pooled", "test, pooled"
 BEST_F1 = "best F1 on validation"
 AHEAD, RIGHTER = "AUROC of Latent Guard − its own", "share judged rightly by Latent Guard − by it"
 KINDS = {"plain": "harmless", "look-alikes": "lookalike"}  # negatives: what a row calls them, their label
+_HALVES = 500
 LEVELS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # false-positive rates that the ROC is drawn at
 
 
@@ -178,6 +179,30 @@ def _decided(of: str, own: np.ndarray, held: Held, one: Scored, rule: str) -> Ro
 def other_rules(of: str, part: Part, held: Held, found: dict[str, Scored]) -> list[Row]:
     """Decisions of a pool at the other thresholds: that for a false-positive rate, and what each detector comes with."""
     return [_decided(of, part.own, held, one, rule) for one in found.values() for rule in list(one.rules)[1:]]
+
+
+def set_anew(of: str, part: Part, held: Held, found: dict[str, Scored], fpr: float, seed: int = 0) -> list[Row]:
+    """Decisions at thresholds for a false-positive rate that are chosen on half of a set's harmless prompts and told on the other half: what
+    thresholds of one's own traffic give. Means and 95% intervals over random halves, in each of which the prompts are drawn again too. None
+    where a half has too few prompts for the rate.
+    """
+    y, rule = held.harmful[part.own], f"fpr={fpr:g} on half of its own harmless prompts"
+    n, half = int((~y).sum()), int((~y).sum()) // 2
+    if not y.any() or fpr * half < 1:
+        return []
+    rows = []
+    for one in found.values():
+        high, low = one.scores[part.own][y], one.scores[part.own][~y]
+        rng = np.random.default_rng(seed)  # the same halves for every detector
+        told = []
+        for _ in range(_HALVES):
+            order = rng.permutation(n)
+            cut = at_fpr(low[order[:half]], fpr)
+            told.append([(rng.choice(high, len(high)) > cut).mean(), (rng.choice(low[order[half:]], n - half) > cut).mean()])
+        for name, x, of_n in zip(("recall", "FPR"), np.array(told).T, (len(high), n - half), strict=True):
+            value = Value(float(x.mean()), *map(float, np.quantile(x, (0.025, 0.975))), of_n)
+            rows.append(one.told(of, **{"is": name, "rule": rule}) | flat(value))
+    return rows
 
 
 def costs(found: dict[str, Scored]) -> list[Row]:
