@@ -11,7 +11,7 @@ from latentguard.errors import InputError
 from latentguard.guards.calibration import Calibration, calibration_error, isotonic, platt, promise, reliability, threshold
 from latentguard.guards.drift import Reference, drift
 from latentguard.guards.fitting import States, balanced, unseen_scores
-from latentguard.guards.guard import LatentGuard
+from latentguard.guards.guard import LatentGuard, promised
 from latentguard.guards.marks import seen, training, turns
 from latentguard.guards.probes import METHODS, fit_probe, restore
 from latentguard.guards.search import Search, candidates_of
@@ -288,7 +288,11 @@ def test_recalibration_and_domains_come_from_the_prompts_given(guard, data):
     own = guard.with_domain("mine", harmless)
     scores = own.score(harmless)
     assert (scores >= own.threshold("fpr=0.05", "mine").value).mean() <= 0.05 and "fpr=0.05" in own.domains["mine"]
-    with pytest.raises(InputError, match="this guard has mine"):
+    texts = [p.instruction for p in harmless]
+    assert own.within("mine").thresholds == own.domains["mine"] == guard.with_domain("mine", texts).domains["mine"], "texts without a label count as harmless"
+    live = replace(guard, terminal="mixed")  # such a one is given texts as they stand, and is to keep its promise on these
+    assert live.with_domain("live", texts).domains["live"] == promised(live.score(texts), np.zeros(len(texts), bool))
+    with pytest.raises(InputError, match="has mine;"):
         own.threshold("fpr=0.05", "yours")
     with pytest.raises(InputError, match="carry no threshold"):
         guard.with_domain("few", harmless[:5])

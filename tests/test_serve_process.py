@@ -138,6 +138,26 @@ def test_thresholds_and_lengths_that_cannot_be_are_told_before_serving(guard):
         load(make_settings({"guard": str(guard[1]), "model": "tiny", "tokens": 5000}))
 
 
+def test_a_domain_flags_by_its_own_thresholds_and_one_that_no_guard_has_is_told_before_a_model_is_loaded(guard, tmp_path, monkeypatch):
+    from latentguard.backends import loading
+    from latentguard.serve.loading import load
+
+    made, folder = guard
+    own = made.with_domain("support", [lg.Prompt.of(f"the {word} desk", harmful=False, id=word) for word in map(chr, range(97, 123))])
+    saved = str(own.save(tmp_path / "own"))
+    served = load(make_settings({"guard": saved, "model": "tiny", "domain": "support"}))
+    assert served.thresholds == ["fpr=0.05"] == [served.default] and served.about["domain"] == "support"
+    assert served.guards["harmful"].thresholds == own.domains["support"] and served.about["harmful"]["thresholds"]["fpr=0.05"]["n"] == 26
+    monkeypatch.setattr(loading, "resident", lambda spec: pytest.fail("a model was loaded"))
+    for words, said in (
+        ({"guard": str(folder), "domain": "support"}, f"domain 'support': guard {made.name} has none"),
+        ({"guard": saved, "domain": "support", "categories": {"own": str(folder)}}, f"domain 'support': guard {made.name} has none"),
+        ({"guard": saved, "domain": "support", "threshold": "fpr=0.01"}, "choose one of fpr=0.05"),
+    ):
+        with pytest.raises(lg.InputError, match=said):
+            load(make_settings({"model": "tiny", **words}))
+
+
 class Running:
     """The real process on a free port."""
 

@@ -18,10 +18,10 @@ from latentguard.errors import InputError
 from latentguard.guards.calibration import Calibration, Threshold, calibrated, named, threshold
 from latentguard.guards.drift import Drift, Reference, drift, finite
 from latentguard.guards.lineage import read_on
-from latentguard.guards.marks import seen, training, turns
+from latentguard.guards.marks import seen, turns
 from latentguard.guards.pieces import apart, together
 from latentguard.guards.probes import Probe
-from latentguard.prompts import Prompt
+from latentguard.prompts import Prompt, as_prompts
 
 if TYPE_CHECKING:
     from latentguard.backends import Backend
@@ -177,11 +177,17 @@ class LatentGuard:
         Raises:
             InputError: for a promise or a domain that the guard does not know.
         """
-        if domain is None:
-            return named(self.thresholds, at)
+        return named((self if domain is None else self.within(domain)).thresholds, at)
+
+    def within(self, domain: str) -> "LatentGuard":
+        """The same guard flagging by a domain's thresholds.
+
+        Raises:
+            InputError: for a domain that the guard does not know.
+        """
         if domain not in self.domains:
-            raise InputError(f"domain {domain!r}: this guard has {', '.join(self.domains) or 'none'}; guard.with_domain(name, prompts) adds one")
-        return named(self.domains[domain], at)
+            raise InputError(f"domain {domain!r}: guard {self.name} has {', '.join(self.domains) or 'none'}; guard.with_domain(name, prompts) adds one")
+        return replace(self, thresholds=self.domains[domain])
 
     def probabilities(self, states: Float[Tensor, "prompt layer position d_model"]) -> np.ndarray:
         """P(harmful) out of states that were read already, at the guard's layers and positions in its order."""
@@ -206,10 +212,12 @@ class LatentGuard:
     # Fitted to other traffic.
 
     def recalibrated(self, prompts: Sequence[Prompt], kind: str | None = None) -> "LatentGuard":
-        """The same probe with probabilities and thresholds from other labelled prompts: one's own traffic, or a fine-tuned model's."""
+        """The same probe with probabilities and thresholds from other labelled prompts, taken as in use: one's own traffic, or a fine-tuned
+        model's.
+        """
         import torch
 
-        shown = training(prompts, self.terminal)
+        shown = seen(prompts, self.terminal)
         states = torch.cat([self.states(shown[at : at + 256]) for at in range(0, len(shown), 256)])
         raw, harmful = self.probe.raw(states).numpy(), np.array([bool(p.harmful) for p in prompts])
         calibration = calibrated(kind or self.calibration.kind, raw, harmful)
@@ -230,12 +238,18 @@ class LatentGuard:
         scores[rows] = self.score([p for p, long in zip(shown, rows, strict=True) if long])
         return scores
 
-    def with_domain(self, name: str, prompts: Sequence[Prompt]) -> "LatentGuard":
-        """The same guard with thresholds of one domain's own, chosen on its labelled prompts (harmless ones alone give those for
-        false positives).
+    def with_domain(self, name: str, prompts: object) -> "LatentGuard":
+        """The same guard with thresholds of one domain's own, chosen on its prompts, taken as in use.
+
+        Args:
+            prompts: strings, Prompts or conversations. One without a label counts as harmless, so that of unlabelled traffic a threshold
+                promises which share of all is flagged; harmless ones alone give the thresholds for false positives.
+
+        Raises:
+            InputError: too few prompts for any threshold.
         """
-        harmful = np.array([bool(p.harmful) for p in prompts])
-        own = promised(self.score(training(prompts, self.terminal)), harmful)
+        prompts = as_prompts(prompts)
+        own = promised(self.score(prompts), np.array([bool(p.harmful) for p in prompts], bool))
         if not own:
             raise InputError(f"domain {name!r}: {len(prompts)} prompts carry no threshold; one at fpr=0.05 needs 20 harmless ones, one at fpr=0.01 100")
         return replace(self, domains={**self.domains, name: own})

@@ -114,19 +114,27 @@ def load(settings: Settings) -> Served:
     spec = spec_of(settings.model, **settings.model_settings)
     if spec.card:
         log.info("%s: %s", spec.name, spec.card)
-    backend = resident(spec)
     folders = {HARMFUL: settings.guard, **settings.categories}
-    guards: dict[str, Any] = {name: LatentGuard.load(Path(folder).expanduser(), backend) for name, folder in folders.items()}
+    guards: dict[str, Any] = {name: LatentGuard.load(Path(folder).expanduser()) for name, folder in folders.items()}
+    if settings.domain is not None:
+        guards = {name: guard.within(settings.domain) for name, guard in guards.items()}
+    default = default_threshold(guards, settings.threshold)
+    backend = resident(spec)
+    guards = {name: guard.on(backend) for name, guard in guards.items()}
     own = guards[HARMFUL]
     served = Served(
         name=settings.name or own.name or "latentguard",
         guards=guards,
         lengths=counter(backend.tokenizer),
-        default=default_threshold(guards, settings.threshold),
+        default=default,
         longest=_longest(backend, settings.tokens),
         strips=_strips(backend),
         pass_tokens=min(max(backend.budget.tokens, _A_PASS[0]), _A_PASS[1]),
-        about={"model": spec.name, **{category: _about(guard) for category, guard in guards.items()}},
+        about={
+            "model": spec.name,
+            **({"domain": settings.domain} if settings.domain else {}),
+            **{category: _about(guard) for category, guard in guards.items()},
+        },
     )
     served.score(["Tell me what the weather will be like."])  # ready means that it has answered
     return served

@@ -34,6 +34,7 @@ class Settings:
     categories: dict[str, str] = field(default_factory=dict, metadata={"about": "categories.NAME=PATH: a guard that scores one category; as many as there are"})
     name: str | None = _of("what the reply and /v1/models call it; null: the guard's own name", None)
     threshold: str | None = _of("by which a text is flagged; null: fpr=0.01 where the guard has it, else its first", None)
+    domain: str | None = _of("flag by the thresholds that guard.with_domain gave the guards for this traffic; null: by their own", None)
     host: str = _of("address to listen on; anything but 127.0.0.1 is reached by others: set a token", "127.0.0.1")
     port: Annotated[int, Field(ge=0, le=65_535)] = _of("port; 0: any free one, told in the log", 8000)
     token_file: str | None = _of(f"file with a bearer token that every request but /healthz must show; or set {TOKEN}", None)
