@@ -200,7 +200,8 @@ def set_anew(of: str, part: Part, held: Held, found: dict[str, Scored], fpr: flo
             cut = at_fpr(low[order[:half]], fpr)
             told.append([(rng.choice(high, len(high)) > cut).mean(), (rng.choice(low[order[half:]], n - half) > cut).mean()])
         for name, x, of_n in zip(("recall", "FPR"), np.array(told).T, (len(high), n - half), strict=True):
-            value = Value(float(x.mean()), *map(float, np.quantile(x, (0.025, 0.975))), of_n)
+            low_end, high_end = np.quantile(x, (0.025, 0.975))
+            value = Value(float(x.mean()), float(low_end), float(high_end), of_n)
             rows.append(one.told(of, **{"is": name, "rule": rule}) | flat(value))
     return rows
 
