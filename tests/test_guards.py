@@ -10,12 +10,12 @@ import latentguard as lg
 from latentguard.errors import InputError
 from latentguard.guards.calibration import Calibration, calibration_error, isotonic, platt, promise, reliability, threshold
 from latentguard.guards.drift import Reference, drift
-from latentguard.guards.fitting import States, balanced, unseen_scores
+from latentguard.guards.fitting import States, balanced, simplest, unseen_scores
 from latentguard.guards.guard import LatentGuard, promised
 from latentguard.guards.marks import seen, training, turns
 from latentguard.guards.probes import METHODS, fit_probe, restore
 from latentguard.guards.search import Search, candidates_of
-from latentguard.metrics import auroc
+from latentguard.metrics import Value, auroc
 from latentguard.prompts import Prompt
 
 SHAPE = (2, 3, 8)  # layers, positions, dimensions
@@ -271,13 +271,26 @@ def test_another_model_is_refused(guard):
         guard.on(make_tiny(system="Speak."))
 
 
+def test_of_candidates_within_a_standard_error_of_the_best_that_with_the_fewest_states_is_taken():
+    def value(x):
+        return Value(x, x - 0.0196, x + 0.0196, 400)  # a standard error of 0.01
+
+    assert simplest([3, 6, 4, 8], [value(x) for x in (0.897, 0.900, 0.894, 0.896)]) == 0
+    assert simplest([3, 6], [value(x) for x in (0.889, 0.900)]) == 1, "more than a standard error below"
+    assert simplest([3, 3, 6], [value(x) for x in (0.895, 0.899, 0.900)]) == 1, "of equal ones the better"
+
+
 def test_what_is_said_of_a_guard_is_what_it_does(guard, data):
     scores, y = guard.score(list(data.test)), np.array([p.harmful for p in data.test])
     told = guard.about["test"]
     assert told["auroc"]["value"] == pytest.approx(auroc(scores[y], scores[~y]).value, abs=1e-6) and told["n"] == len(y)
     kept = told["thresholds"]["fpr=0.05"]["fpr"]
     assert kept["k"] == (scores[~y] >= guard.thresholds["fpr=0.05"].value).sum()
-    assert {row["method"] for row in guard.about["tried"]} == {"logistic", "mean_difference"}
+    tried = guard.about["tried"]
+    assert {row["method"] for row in tried} == {"logistic", "mean_difference"}
+    chosen = next(row for row in tried if (row["method"], row["layers"], row["positions"]) == (guard.method, guard.layers, guard.positions))
+    best = max(tried, key=lambda row: row["auroc"])
+    assert chosen["auroc"] >= best["auroc"] - (best["high"] - best["low"]) / 3.92
 
 
 def test_recalibration_and_domains_come_from_the_prompts_given(guard, data):

@@ -84,8 +84,9 @@ def fit_guard(backend: "Backend", data: "Dataset", *, name: str = "", search: Se
 def fitted(data: "Dataset", states: States, candidates: Sequence[Candidate], name: str) -> LatentGuard:
     """The best of the candidates as a guard, with all that was seen on the way in `about`."""
     backend, search, harmful = states.backend, states.search, states.harmful
-    tried = [{**asdict(one), "auroc": judged(one, states)} for one in tqdm(candidates, desc="guard candidates", leave=False, delay=2)]
-    best = candidates[int(np.argmax([row["auroc"] for row in tried]))]
+    ranks = [judged(one, states) for one in tqdm(candidates, desc="guard candidates", leave=False, delay=2)]
+    tried = [{**asdict(one), "auroc": found.value, "low": found.low, "high": found.high} for one, found in zip(candidates, ranks, strict=True)]
+    best = candidates[simplest([len(one.layers) * len(one.positions) for one in candidates], ranks)]
     probe = fit_on(best, states, _everyone(states))
     raw = {split: probe.raw(states.of(split, best)).numpy() for split in ("validation", "test")}
     calibration = calibrated(search.calibration, raw["validation"], harmful["validation"])
@@ -127,13 +128,23 @@ def fitted(data: "Dataset", states: States, candidates: Sequence[Candidate], nam
     return replace(made, about=about)
 
 
-def judged(candidate: Candidate, states: States) -> float:
-    """How well a candidate ranks what it was not fitted on, by the search's criterion."""
+def simplest(sizes: Sequence[int], ranks: Sequence[Value]) -> int:
+    """Which candidate is taken: of those whose AUROC is within one standard error of the highest, that which reads the fewest states; of several
+    such the one that ranks best (the one-standard-error rule of Breiman et al. 1984).
+    """
+    top = max(ranks, key=lambda found: found.value)
+    error = (top.high - top.low) / (2 * 1.96)
+    near = [k for k, found in enumerate(ranks) if found.value >= top.value - error]
+    return min(near, key=lambda k: (sizes[k], -ranks[k].value))
+
+
+def judged(candidate: Candidate, states: States) -> Value:
+    """AUROC of a candidate on what it was not fitted on, by the search's criterion."""
     if states.search.criterion == "within":
         raw, y = fit_on(candidate, states, _everyone(states)).raw(states.of("validation", candidate)).numpy(), states.harmful["validation"]
     else:
         raw, y = unseen_scores(candidate, states, "train"), states.harmful["train"]
-    return auroc(raw[y], raw[~y]).value
+    return auroc(raw[y], raw[~y])
 
 
 def unseen_scores(candidate: Candidate, states: States, *splits: str) -> np.ndarray:

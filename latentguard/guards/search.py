@@ -37,7 +37,8 @@ class Search:
         positions: sets of positions that are read jointly.
         strengths: of the regularisation, for the methods that have one.
         criterion: `across` scores every family of sets by probes that never saw it (AUROC over all, train split); `within` fits on
-            train and scores validation. The first asks for what a guard meets in use.
+            train and scores validation. The first asks for what a guard meets in use. Of candidates within a standard error of the best, that
+            with the fewest states is taken.
         families: names for sources that belong together, so that none of a family is trained on while another is scored.
         balance: whether every source counts with the root of its size on either side, and both sides alike.
         terminal: how texts end (marks.py).
