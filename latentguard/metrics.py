@@ -83,7 +83,7 @@ def mean(values: Numbers) -> Value:
     if not len(values):
         return Value(math.nan, math.nan, math.nan, 0)
     drawn = values[_resamples(len(values))].mean(1)
-    return Value(float(values.mean()), *_percentiles(drawn), len(values))
+    return Value(float(values.mean()), *percentiles(drawn), len(values))
 
 
 def clustered_rate(hits: Sequence[Sequence[bool]]) -> Value:
@@ -97,7 +97,7 @@ def clustered_rate(hits: Sequence[Sequence[bool]]) -> Value:
         found = wilson(round(k.sum() / n.sum() * len(hits)), len(hits))
         return Value(float(k.sum() / n.sum()), found.low, found.high, len(hits))
     at = _resamples(len(hits))
-    return Value(float(k.sum() / n.sum()), *_percentiles(k[at].sum(1) / n[at].sum(1)), len(hits))
+    return Value(float(k.sum() / n.sum()), *percentiles(k[at].sum(1) / n[at].sum(1)), len(hits))
 
 
 def auroc(positive: Numbers, negative: Numbers) -> Value:
@@ -108,7 +108,7 @@ def auroc(positive: Numbers, negative: Numbers) -> Value:
     won = wins(high, low)
     a, b = _counts(len(high), 0), _counts(len(low), 1)
     drawn = ((a @ won) * b).sum(1) / (len(high) * len(low))
-    bounds = _percentiles(drawn)
+    bounds = percentiles(drawn)
     if bounds[0] == bounds[1]:  # no resample differs: as unsure as a rate over the smaller side
         found = wilson(round(float(won.mean()) * min(len(high), len(low))), min(len(high), len(low)))
         bounds = (found.low, found.high)
@@ -138,7 +138,7 @@ def resampled_wins(won: np.ndarray, pairs: np.ndarray, high: np.ndarray | None =
         drawn = _counts(int(max(high.max(), low.max())) + 1, 0)
         a, b = drawn[:, high], drawn[:, low]
     with np.errstate(invalid="ignore"):
-        return _percentiles(((a @ won) * b).sum(1) / ((a @ pairs) * b).sum(1))
+        return percentiles(((a @ won) * b).sum(1) / ((a @ pairs) * b).sum(1))
 
 
 def tpr_at_fpr(positive: Numbers, negative: Numbers, fpr: float) -> Value:
@@ -174,7 +174,7 @@ def auprc(positive: Numbers, negative: Numbers) -> Value:
     value = float(area(np.ones((1, len(high))), np.ones((1, len(low))))[0])
     step = max(1, 2_000_000 // len(levels))
     parts = [slice(at, at + step) for at in range(0, DRAWS, step)]
-    bounds = _percentiles(np.concatenate([area(_counts(len(high), 0)[part], _counts(len(low), 1)[part]) for part in parts]))
+    bounds = percentiles(np.concatenate([area(_counts(len(high), 0)[part], _counts(len(low), 1)[part]) for part in parts]))
     if bounds[0] == bounds[1]:  # no resample differs: as unsure as a rate over the smaller side
         found = wilson(round(value * min(len(high), len(low))), min(len(high), len(low)))
         bounds = (found.low, found.high)
@@ -192,7 +192,7 @@ def f1(caught: Sequence[bool] | np.ndarray, alarms: Sequence[bool] | np.ndarray)
     def score(tp: Any, fp: Any) -> Any:
         return 2 * tp / (tp + fp + len(hits))
 
-    bounds = _percentiles(score(_counts(len(hits), 0) @ hits, _counts(len(false), 1) @ false))
+    bounds = percentiles(score(_counts(len(hits), 0) @ hits, _counts(len(false), 1) @ false))
     if bounds[0] == bounds[1]:  # no resample differs: as unsure as both rates
         recall, fpr = wilson(int(hits.sum()), len(hits)), wilson(int(false.sum()), len(false))
         bounds = (
@@ -217,7 +217,7 @@ def paired_auroc(first: Numbers, second: Numbers, positive: Sequence[bool] | np.
     variance = (over.var(ddof=1) / m if m > 1 else math.nan) + (under.var(ddof=1) / n if n > 1 else math.nan)
     p = 1.0 if value == 0 else math.erfc(abs(value) / math.sqrt(2 * variance)) if variance > 1e-18 else math.nan
     won = wins(a[y], a[~y]) - wins(b[y], b[~y])
-    bounds = _percentiles(((_counts(m, 0) @ won) * _counts(n, 1)).sum(1) / (m * n))
+    bounds = percentiles(((_counts(m, 0) @ won) * _counts(n, 1)).sum(1) / (m * n))
     if bounds[0] == bounds[1]:  # no resample differs: as unsure as a rate of 0 over the smaller side
         margin = wilson(0, min(m, n)).high
         bounds = (max(-1.0, value - margin), min(1.0, value + margin))
@@ -282,7 +282,7 @@ def pearson(x: Numbers, y: Numbers, *, of: Sequence[str] | None = None) -> Value
         n, sx, sy, sxx, syy, sxy = (_counts(len(names), 0).astype(float) @ s for s in sums)
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn = (sxy / n - sx * sy / n**2) / np.sqrt((sxx / n - (sx / n) ** 2) * (syy / n - (sy / n) ** 2))
-        return Value(r, *_percentiles(drawn), len(names))
+        return Value(r, *percentiles(drawn), len(names))
     z, half = math.atanh(max(min(r, 1 - 1e-12), -1 + 1e-12)), Z95 / math.sqrt(len(x) - 3)
     return Value(r, math.tanh(z - half), math.tanh(z + half), len(x))
 
@@ -336,7 +336,8 @@ def _counts(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS).astype(np.float32)
 
 
-def _percentiles(drawn: np.ndarray) -> tuple[float, float]:
+def percentiles(drawn: np.ndarray) -> tuple[float, float]:
+    """The ends of the 95% interval of what was drawn, NaNs left out."""
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return float(low), float(high)
 

@@ -21,7 +21,7 @@ from latentguard.guards.guard import LatentGuard, promised
 from latentguard.guards.marks import training
 from latentguard.guards.probes import Probe, fit_probe
 from latentguard.guards.search import SPLITS, Candidate, Search, candidates_of, union
-from latentguard.metrics import Value, auroc, rate, tpr_at_fpr
+from latentguard.metrics import Z95, Value, auroc, rate, tpr_at_fpr
 from latentguard.prompts import Prompt, digest
 from latentguard.weights import problem
 
@@ -133,7 +133,7 @@ def simplest(sizes: Sequence[int], ranks: Sequence[Value]) -> int:
     such the one that ranks best (the one-standard-error rule of Breiman et al. 1984).
     """
     top = max(ranks, key=lambda found: found.value)
-    error = (top.high - top.low) / (2 * 1.96)
+    error = (top.high - top.low) / (2 * Z95)
     near = [k for k, found in enumerate(ranks) if found.value >= top.value - error]
     return min(near, key=lambda k: (sizes[k], -ranks[k].value))
 

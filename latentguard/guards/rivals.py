@@ -79,17 +79,16 @@ def of_guard(guard: LatentGuard, own: str) -> Rival:
     return Rival(
         "latent_guard",
         lambda backend, prompts: _in_blocks(prompts, guard.on(backend).score),
-        lambda backend, prompts: _flops_of(guard.on(backend), prompts),
+        lambda backend, prompts: _flops_of(guard, backend, prompts),
         at,
         about=told,
     )
 
 
-def _flops_of(guard: LatentGuard, prompts: Sequence[Prompt]) -> np.ndarray:
+def _flops_of(guard: LatentGuard, backend: Backend, prompts: Sequence[Prompt]) -> np.ndarray:
     """Those of a guard, a long prompt's being the sum of its pieces'."""
-    passed, rows = guard.passed(list(prompts))
-    assert guard.backend
-    return np.bincount(rows, flops(guard.backend, passed, guard.layers[-1]), len(prompts))
+    passed, rows = guard.on(backend).passed(prompts)
+    return np.bincount(rows, flops(backend, passed, guard.layers[-1]), len(prompts))
 
 
 def of_model(name: str, at: str | None = None) -> Rival:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latentguard.datasets import Dataset, same_words
-from latentguard.metrics import Rate, Value, at_fpr, auprc, auroc, f1, mcnemar, paired_auroc, rate, tpr_at_fpr
+from latentguard.metrics import Rate, Value, at_fpr, auprc, auroc, f1, mcnemar, paired_auroc, percentiles, rate, tpr_at_fpr
 from latentguard.prompts import Prompt
 
 Row = dict[str, Any]
@@ -187,7 +187,8 @@ def set_anew(of: str, part: Part, held: Held, found: dict[str, Scored], fpr: flo
     where a half has too few prompts for the rate.
     """
     y, rule = held.harmful[part.own], f"fpr={fpr:g} on half of its own harmless prompts"
-    n, half = int((~y).sum()), int((~y).sum()) // 2
+    n = int((~y).sum())
+    half = n // 2
     if not y.any() or fpr * half < 1:
         return []
     rows = []
@@ -200,9 +201,7 @@ def set_anew(of: str, part: Part, held: Held, found: dict[str, Scored], fpr: flo
             cut = at_fpr(low[order[:half]], fpr)
             told.append([(rng.choice(high, len(high)) > cut).mean(), (rng.choice(low[order[half:]], n - half) > cut).mean()])
         for name, x, of_n in zip(("recall", "FPR"), np.array(told).T, (len(high), n - half), strict=True):
-            low_end, high_end = np.quantile(x, (0.025, 0.975))
-            value = Value(float(x.mean()), float(low_end), float(high_end), of_n)
-            rows.append(one.told(of, **{"is": name, "rule": rule}) | flat(value))
+            rows.append(one.told(of, **{"is": name, "rule": rule}) | flat(Value(float(x.mean()), *percentiles(x), of_n)))
     return rows
 
 
